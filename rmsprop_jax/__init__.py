@@ -1,0 +1,5 @@
+"""RMSProp as an Optax gradient transformation."""
+
+from rmsprop_jax.transform import RMSPropState, rmsprop, scale_by_rms
+
+__all__ = ["RMSPropState", "rmsprop", "scale_by_rms"]

@@ -1,0 +1,196 @@
+"""What is refused, and in which words: what came, what was allowed, the fix."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def options(initial_scale, centered, mask, options):
+    """Return the initial scale and the options of the rule, numbers made plain."""
+    limits = dict(decay=1, eps=math.inf, momentum=1, l2=math.inf, weight_decay=math.inf)
+    checked = dict(options)
+    for name, below in limits.items():
+        # None means off, for those that can be.
+        if name in ("decay", "eps") or options.get(name) is not None:
+            checked[name] = number(name, options[name], below)
+    lr = options.get("lr")
+    if callable(lr):
+        checked["lr"] = _hashable(lr)
+    elif "lr" in options:
+        checked["lr"] = number("learning_rate", lr)
+    start = number("initial_scale", initial_scale)
+    if options["bias_correction"] and (centered or _concrete(start)):
+        cause = "centered=True" if centered else f"initial_scale={initial_scale}"
+        raise ValueError(
+            f"bias_correction has no meaning with {cause}: it corrects an average that "
+            "is not centered and starts at 0. Drop one of the two."
+        )
+    if centered and _concrete(checked["decay"]) == 0:
+        raise ValueError(
+            "centered has no meaning with decay=0: one gradient has no spread. Use a "
+            "decay above 0, about 0.9."
+        )
+    if mask is not None and options["weight_decay"] is None:
+        raise ValueError(
+            "weight_decay_mask says where weight_decay acts, but weight_decay is None. "
+            "Pass weight_decay, or drop the mask."
+        )
+    return start, checked
+
+
+def number(name, value, below=math.inf):
+    """Return a scalar in [0, below): a Python or NumPy number as a float."""
+    if not isinstance(value, jax.Array):
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{name} must be a number or a scalar array, got {value!r}."
+            ) from None
+    elif value.shape != () or jnp.iscomplexobj(value):
+        raise ValueError(
+            f"{name} must be one real number, got {value.dtype}{list(value.shape)}. To "
+            "try several values at once, use jax.vmap."
+        )
+    seen = _concrete(value)
+    if seen is not None and not 0 <= seen < below:
+        fix = ""
+        if isinstance(value, jax.Array) and value.dtype.itemsize < 4:
+            fix = f" Rounding to {value.dtype} may have moved it there: pass float32 "
+            fix += "(in optax.inject_hyperparams, hyperparam_dtype=jnp.float32)."
+        raise ValueError(f"{name} must be in [0, {below}), got {seen}.{fix}")
+    return value
+
+
+def state_dtype(name, dtype):
+    """Return a dtype in which state can be kept, or None for None."""
+    if dtype is None:
+        return None
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be float32, float64 or None, got {dtype!r}. In "
+            f"optax.inject_hyperparams, list it in static_args."
+        ) from None
+    if known not in (jnp.float32, jnp.float64):
+        raise ValueError(f"{name} must be float32, float64 or None, got {known}.")
+    if known != jax.dtypes.canonicalize_dtype(known):
+        raise ValueError(f"{name}={known} needs jax.config.jax_enable_x64.")
+    return known
+
+
+def parameter(leaf):
+    """Return a leaf of the tree that `init` was given as what jit accepts."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    return leaf
+
+
+def state(state, centered, momentum):
+    """Refuse a state that other options made."""
+    if not (hasattr(state, "nu") and hasattr(state, "trace")):
+        raise ValueError(
+            f"state must be an RMSPropState, got {type(state).__name__}. Pass what "
+            "init or the last update returned."
+        )
+    for name, option, wanted in (
+        ("mu", "centered", centered),
+        ("trace", "momentum", momentum),
+    ):
+        if (getattr(state, name) is not None) != wanted:
+            raise ValueError(
+                f"state.{name} is {'missing' if wanted else 'present'}, but {option} "
+                f"is {'on' if wanted else 'off'}: the state was made with other "
+                "options. Use those, or call init again."
+            )
+
+
+def leaves(name, values, tree):
+    """Return the leaves of a tree, refusing one that is not like the parameters."""
+    try:
+        return tree.flatten_up_to(values)
+    except ValueError as error:
+        found = jax.tree_util.tree_flatten_with_path(values)[0]
+        found = [jax.tree_util.keystr(keys) for keys, _ in found]
+        known = [_path(tree, i) for i in range(tree.num_leaves)]
+        missing = ", ".join(x for x in known if x not in found) or "nothing"
+        extra = ", ".join(x for x in found if x not in known) or "nothing"
+        raise ValueError(
+            f"{name} must have the tree structure that init was given; missing: "
+            f"{missing}; extra: {extra}. {error}"
+        ) from None
+
+
+def absent(g):
+    """Say whether this is a place without a gradient, which is passed through."""
+    return (
+        g is None
+        or isinstance(g, optax.MaskedNode)
+        or getattr(g, "dtype", None) == jax.dtypes.float0
+    )
+
+
+def gradient(g, p, nu, mu, trace, tree, i):
+    """Refuse leaf i of the gradients if it does not fit its parameter and state."""
+
+    def at():
+        return _path(tree, i)
+
+    if not jnp.issubdtype(g.dtype, jnp.inexact):
+        raise ValueError(
+            f"updates{at()} must be floating point or complex, got {g.dtype}. Leave "
+            "out what is not trained, with optax.masked or optax.partition."
+        )
+    if g.shape != nu.shape:
+        raise ValueError(
+            f"updates{at()} must have shape {nu.shape} as in init, got {g.shape}: "
+            "gradients are not broadcast. Reshape one of the two."
+        )
+    if p is not None and p.shape != nu.shape:
+        raise ValueError(f"params{at()} must have shape {nu.shape}, got {p.shape}.")
+    for other in (p, mu, trace):
+        if other is not None and jnp.iscomplexobj(other) != jnp.iscomplexobj(g):
+            raise ValueError(
+                f"updates{at()} is {g.dtype}, but its parameter or state is "
+                f"{other.dtype}. Both must be real, or both complex."
+            )
+
+
+def mask(mask, params):
+    """Return the mask as one bool for each leaf of params."""
+    mask = mask(params) if callable(mask) else mask
+    try:
+        spread = jax.tree.map(
+            lambda m, part: jax.tree.map(lambda _: bool(m), part), mask, params
+        )
+    except ValueError as error:
+        raise ValueError(
+            "weight_decay_mask must be a tree of bools like params, or a prefix of it. "
+            f"{error}"
+        ) from None
+    return tuple(jax.tree.leaves(spread))
+
+
+def _path(tree, i):
+    numbered = tree.unflatten(range(tree.num_leaves))
+    return jax.tree_util.keystr(jax.tree_util.tree_flatten_with_path(numbered)[0][i][0])
+
+
+def _concrete(value):
+    """Return the value of a scalar as a float, or None while it is traced."""
+    if isinstance(value, jax.core.Tracer):
+        return None
+    return float(jax.device_get(value))
+
+
+def _hashable(schedule):
+    """Return the schedule, wrapped where it could not be a key of the jit cache."""
+    try:
+        hash(schedule)
+    except TypeError:
+        return functools.partial(schedule)
+    return schedule

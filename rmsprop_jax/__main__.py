@@ -1,0 +1,241 @@
+"""The command line of the main job: `python -m rmsprop_jax --help`."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+NAME = "python -m rmsprop_jax"
+# What a run remembers, and what it is when no flag says otherwise.
+DEFAULTS = dict(
+    optimizer="rmsprop",
+    learning_rate=None,
+    decay=0.9,
+    eps=1e-8,
+    momentum=None,
+    centered=False,
+    schedule="cosine",
+    epochs=20,
+    batch_size=None,
+    seed=0,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message):
+        """Print the message and leave."""
+        self.exit(2, f"{NAME}: error: {message} (see --help)\n")
+
+
+def number(kind, low, high=math.inf):
+    """Return an argument type: a number in [low, high)."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range; it must be in [{low}, {high})"
+            )
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
+
+
+def parser():
+    """Return the parser; a flag that was not given is absent from its result."""
+    result = Parser(
+        prog=NAME,
+        argument_default=argparse.SUPPRESS,
+        description="Train a recurrent network (a Flax NNX GRU) to read scikit-learn's "
+        "handwritten digits row by row, with RMSProp. Writes curves.png, metrics.csv "
+        "and checkpoints into a folder. Ctrl-C saves and stops.",
+    )
+
+    def add(flag, help, **options):
+        result.add_argument(flag, help=help, **options)
+
+    names = ("rmsprop", "sgd", "momentum", "adam", "adagrad", "all")
+    real, share = number(float, 0), number(float, 0, 1)
+    add("--optimizer", "default rmsprop; all compares the five", choices=names)
+    add(
+        "--learning-rate",
+        "size of a step at its largest; default: one that suits the optimizer",
+        type=real,
+        metavar="X",
+    )
+    add(
+        "--decay",
+        "rmsprop: share of the average of squares kept at each step; default 0.9",
+        type=share,
+        metavar="X",
+    )
+    add(
+        "--eps",
+        "rmsprop: added to that average under the root; default 1e-8",
+        type=real,
+        metavar="X",
+    )
+    add(
+        "--momentum",
+        "rmsprop: share of the last step kept; default none",
+        type=share,
+        metavar="X",
+    )
+    add(
+        "--centered",
+        "rmsprop: divide by the gradient's standard deviation, not its root mean "
+        "square",
+        action="store_true",
+    )
+    add(
+        "--schedule",
+        "course of the learning rate; default cosine",
+        choices=("constant", "cosine", "warmup_cosine"),
+    )
+    add("--epochs", "default 20", type=number(int, 1), metavar="N")
+    add(
+        "--batch-size",
+        "images a step, a multiple of the number of devices; default 32 or the next",
+        type=number(int, 1, 1438),
+        metavar="N",
+    )
+    add("--seed", "default 0", type=number(int, 0, 2**31), metavar="N")
+    add("--out", "default: a new folder in runs/", type=Path, metavar="DIR")
+    add(
+        "--resume",
+        "go on with the run in --out (default: the newest in runs/) from its last "
+        "checkpoint; its flags are remembered",
+        action="store_true",
+    )
+    return result
+
+
+def begin(flags, demo):
+    """Return the folder and the config of a new run."""
+    config = DEFAULTS | flags
+    for name in ("decay", "eps", "momentum", "centered"):
+        if name in flags and config["optimizer"] not in ("rmsprop", "all"):
+            raise demo.Problem(
+                f"--{name} is for rmsprop, not {config['optimizer']}. Leave it out."
+            )
+    out = config.pop("out", None)
+    if out is None:
+        out = Path("runs", time.strftime(f"{config['optimizer']}-%Y%m%d-%H%M%S"))
+    out.mkdir(parents=True, exist_ok=True)
+    if any(not path.name.startswith(".") for path in out.iterdir()):
+        raise demo.Problem(
+            f"{out} is not empty. Use --resume to go on with a run in it, or another "
+            "--out."
+        )
+    return out, config
+
+
+def resume(flags, demo):
+    """Return the folder and the config of a run that was stopped or killed."""
+    out = flags.pop("out", None)
+    if out is None:
+        runs = sorted(Path("runs").glob("*/config.json"), key=os.path.getmtime)
+        if not runs:
+            raise demo.Problem("runs/ holds no run to resume. Use --out DIR.")
+        out = runs[-1].parent
+    try:
+        config = json.loads((out / "config.json").read_text())
+        if config.keys() != DEFAULTS.keys():
+            raise ValueError("config.json is not that of a run")
+    except (OSError, ValueError, AttributeError) as error:
+        raise demo.Problem(
+            f"{out} holds no run to resume ({error}). Begin one without --resume."
+        ) from error
+    for name, value in flags.items():
+        if config[name] != value:
+            raise demo.Problem(
+                f"the run in {out} has {name}={config[name]}, not {value}. Leave the "
+                "flag out, or begin a new run with another --out."
+            )
+    return out, config
+
+
+def run(flags, demo):
+    """Do what the flags say and return the exit status."""
+    import jax
+
+    try:
+        devices = jax.local_devices()
+    except RuntimeError as error:
+        raise demo.Problem(f"JAX finds no device: {error}") from error
+    out, config = (resume if flags.pop("resume", False) else begin)(flags, demo)
+    count = len(devices)
+    config["batch_size"] = config["batch_size"] or -(-32 // count) * count
+    if config["batch_size"] % count:
+        raise demo.Problem(
+            f"--batch-size {config['batch_size']} cannot be split over {count} "
+            f"devices. Use a multiple of {count}."
+        )
+    chosen = config["optimizer"]
+    optimizers = demo.OPTIMIZERS if chosen == "all" else [chosen]
+    try:
+        for optimizer in optimizers:
+            demo.transformation(config, optimizer, 0.0)
+    except ValueError as error:
+        raise demo.Problem(str(error)) from error
+    with demo.replacing(out / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2))
+    print(f"Training on {count} x {devices[0].device_kind}, into {out}/", flush=True)
+
+    stops = []
+
+    def interrupt(*_):
+        # The first Ctrl-C ends the step that runs and saves; the second just leaves.
+        stops.append(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, interrupt)
+    table, finished = [], True
+    for optimizer in optimizers:
+        earlier, folder = table, out / "checkpoints" / optimizer
+
+        def report(rows, earlier=earlier):
+            nonlocal table
+            table = earlier + rows
+            demo.write_metrics(out / "metrics.csv", table)
+
+        finished = demo.train(config, optimizer, folder, lambda: stops, report)
+        if not finished:
+            break
+    if table:
+        demo.write_curves(out / "curves.png", table)
+    if not finished:
+        print(f"Stopped and saved. Go on with: {NAME} --resume --out {out}")
+        return 130
+    for row in table:
+        if row["epoch"] == config["epochs"]:
+            print("{optimizer}: held-out accuracy {accuracy:.2%}".format(**row))
+    print(f"Wrote curves.png, metrics.csv and checkpoints/ in {out}/")
+    return 0
+
+
+def main(arguments=None):
+    """Run the command line; return the exit status."""
+    flags = vars(parser().parse_args(arguments))
+    try:
+        from rmsprop_jax import demo
+    except ImportError as error:
+        sys.exit(f"{NAME}: error: {error}. Install it: pip install 'rmsprop_jax[demo]'")
+    try:
+        return run(flags, demo)
+    except (demo.Problem, OSError) as error:
+        sys.exit(f"{NAME}: error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(f"{NAME}: left at once. What was saved before is there: --resume.")

@@ -1,0 +1,279 @@
+"""The main job: train a recurrent Flax model on handwritten digits with RMSProp.
+
+A GRU reads each 8 x 8 image row by row. Run it with `python -m rmsprop_jax`; the
+command line is in `__main__.py`.
+
+What decides a run is its `config` and its checkpoint: the order of the data follows
+from seed and epoch, and sums that become metrics are saved too. So a run that was
+killed and resumed ends with the same bits as one that was not.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import logging
+import os
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import rmsprop_jax
+
+OPTIMIZERS = ("rmsprop", "sgd", "momentum", "adam", "adagrad")
+# For each the best of a grid of factors of 3, by the loss after 20 epochs.
+LEARNING_RATES = dict(rmsprop=0.01, sgd=2.0, momentum=0.3, adam=0.01, adagrad=0.4)
+METRICS = ("optimizer", "epoch", "step", "loss", "learning_rate", "accuracy")
+HIDDEN = 64
+HELD_OUT = 360
+
+
+class Problem(Exception):
+    """Something the user can mend; its message is all they need."""
+
+
+class Reader(nnx.Module):
+    """A GRU over the rows of an image, and a linear layer on its last output."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        """Make the layers."""
+        self.rnn = nnx.RNN(nnx.GRUCell(8, HIDDEN, rngs=rngs), rngs=False)
+        self.head = nnx.Linear(HIDDEN, 10, rngs=rngs)
+
+    def __call__(self, images):
+        """Return logits [batch, 10] of images [batch, 8, 8]."""
+        start = jnp.zeros((len(images), HIDDEN), images.dtype)
+        return self.head(self.rnn(images, initial_carry=start)[:, -1])
+
+
+def digits():
+    """Return images [n, 8, 8] in [0, 1] and labels [n], for training and held out."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    images = (data.images / 16).astype(np.float32)[order]
+    labels = data.target.astype(np.int32)[order]
+    train, held_out = slice(HELD_OUT, None), slice(HELD_OUT)
+    return (images[train], labels[train]), (images[held_out], labels[held_out])
+
+
+def learning_rate(config, optimizer, steps):
+    """Return the schedule of a run of so many steps."""
+    peak = config["learning_rate"]
+    if peak is None:
+        peak = LEARNING_RATES[optimizer]
+    if config["schedule"] == "cosine":
+        return optax.cosine_decay_schedule(peak, steps)
+    if config["schedule"] == "warmup_cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
+    return optax.constant_schedule(peak)
+
+
+def transformation(config, optimizer, schedule):
+    """Return the optimizer by its name on the command line."""
+    if optimizer == "rmsprop":
+        options = {k: config[k] for k in ("decay", "eps", "momentum", "centered")}
+        return rmsprop_jax.rmsprop(schedule, **options)
+    if optimizer == "momentum":
+        return optax.sgd(schedule, momentum=0.9)
+    return getattr(optax, optimizer)(schedule)
+
+
+def train(config, optimizer, folder, stop, report):
+    """Train one model, going on from its last checkpoint if there is one.
+
+    Args:
+      config: what the command line decided; see `__main__.py`.
+      optimizer: one of `OPTIMIZERS`.
+      folder: where its checkpoints are kept.
+      stop: function that says whether to save and leave before the end.
+      report: function that is given the rows so far, at the start and each epoch.
+
+    Returns:
+      Whether the run is complete.
+    """
+    (images, labels), held_out = digits()
+    batch = config["batch_size"]
+    per_epoch = len(labels) // batch
+    steps = per_epoch * config["epochs"]
+    schedule = learning_rate(config, optimizer, steps)
+    tx = transformation(config, optimizer, schedule)
+
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    images, labels, held_out = jax.device_put((images, labels, held_out), replicated)
+    graph, params = nnx.split(Reader(nnx.Rngs(config["seed"])))
+    params = jax.device_put(nnx.to_pure_dict(params), replicated)
+    zero = jax.device_put(np.float32(0), replicated)
+    state = dict(params=params, opt_state=tx.init(params), loss=zero)
+
+    def logits(params, images):
+        return nnx.merge(graph, nnx.State(params))(images)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, chosen):
+        def loss_of(params):
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits(params, images[chosen]), labels[chosen]
+            )
+            return losses.mean()
+
+        params = state["params"]
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = tx.update(grads, state["opt_state"], params)
+        params = optax.apply_updates(params, updates)
+        return dict(params=params, opt_state=opt_state, loss=state["loss"] + loss), loss
+
+    @jax.jit
+    def accuracy(params):
+        return (logits(params, held_out[0]).argmax(-1) == held_out[1]).mean()
+
+    checkpoints = Checkpoints(folder, dict(config, optimizer=optimizer))
+    done, state, rows = checkpoints.restore(state)
+    report(rows)
+    with tqdm(total=steps, initial=done, desc=optimizer, unit="step") as bar:
+        while done < steps and not stop():
+            epoch, within = divmod(done, per_epoch)
+            order = np.random.default_rng([config["seed"], epoch])
+            chosen = order.permutation(len(labels))[within * batch :][:batch]
+            state, loss = step(state, jax.device_put(chosen, split))
+            rate = float(schedule(done))
+            done += 1
+            bar.update()
+            if done % 15 == 0 or done == steps:
+                bar.set_postfix(loss=f"{float(loss):.4f}", lr=f"{rate:.2e}")
+            if done % per_epoch == 0:
+                values = (
+                    optimizer,
+                    epoch + 1,
+                    done,
+                    float(state["loss"]) / per_epoch,
+                    rate,
+                    float(accuracy(state["params"])),
+                )
+                rows.append(dict(zip(METRICS, values, strict=True)))
+                state["loss"] = jax.device_put(np.float32(0), replicated)
+                checkpoints.save(done, state, rows)
+                report(rows)
+                bar.write(
+                    "{optimizer}: epoch {epoch}, loss {loss:.4f}, learning rate "
+                    "{learning_rate:.2e}, held-out accuracy {accuracy:.1%}".format(
+                        **rows[-1]
+                    )
+                )
+    if done < steps:
+        checkpoints.save(done, state, rows)
+    return done == steps
+
+
+class Checkpoints:
+    """The Orbax checkpoints of one run: arrays, rows, and what they belong to."""
+
+    def __init__(self, folder, config):
+        """Open the folder, creating it if need be."""
+        self.folder, self.config = folder.absolute(), config
+        # Orbax reports on itself at length; what matters is raised.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, step, state, rows):
+        """Write a checkpoint beside the last one, unless this step has one."""
+        if step == self.manager.latest_step():
+            return
+        about = dict(config=self.config, rows=rows, digest=_digest(state))
+        try:
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+                ),
+            )
+        except Exception as error:
+            raise Problem(
+                f"cannot save a checkpoint in {self.folder}: {_line(error)} The one "
+                "before it is whole; mend the cause, then --resume."
+            ) from error
+
+    def restore(self, state):
+        """Return step, state and rows of the last checkpoint; of none, the start."""
+        step = self.manager.latest_step()
+        if step is None:
+            return 0, state, []
+        where = self.folder / str(step)
+        try:
+            about = self.manager.restore(
+                step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+            ).about
+            if about["config"] != self.config:
+                raise Problem(f"{where} belongs to another run. Use another --out.")
+            state = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))
+            ).state
+            if about["digest"] != _digest(state):
+                raise ValueError("its arrays are not those that were saved")
+        except Problem:
+            raise
+        except Exception as error:
+            raise Problem(
+                f"checkpoint {where} is damaged: {_line(error)} Delete that folder, "
+                "and --resume goes on from the one before it."
+            ) from error
+        return step, state, about["rows"]
+
+
+def _digest(state):
+    arrays = jax.tree.leaves(jax.device_get(state))
+    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
+
+
+def _line(error):
+    text = str(error).strip().splitlines() or ["no details"]
+    return f"{type(error).__name__}: {text[0][:200]}."
+
+
+def write_metrics(path, rows):
+    """Write the rows as CSV."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, METRICS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_curves(path, rows):
+    """Draw loss and held-out accuracy against epochs, one line an optimizer."""
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
+        own = [row for row in rows if row["optimizer"] == optimizer]
+        epochs = [row["epoch"] for row in own]
+        percent = [100 * row["accuracy"] for row in own]
+        loss.plot(epochs, [row["loss"] for row in own], ".-")
+        accuracy.plot(epochs, percent, ".-", label=f"{optimizer}: {percent[-1]:.1f} %")
+    loss.set(xlabel="epoch", ylabel="training loss [nats]", yscale="log")
+    accuracy.set(xlabel="epoch", ylabel="held-out accuracy [%]")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    accuracy.legend(loc="lower right")
+    figure.suptitle("A GRU reading handwritten digits row by row")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a file to write that takes the place of path once it is complete."""
+    temporary = path.with_name(f".{path.name}")
+    yield temporary
+    os.replace(temporary, path)

@@ -1,0 +1,235 @@
+"""The main job, run as a user runs it: as a program, killed, resumed, misused."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rmsprop_jax.__main__ import main
+
+SHORT = ("--epochs", "4", "--momentum", "0.5", "--seed", "3")
+
+
+def start(*arguments, devices=1, cwd=None):
+    """Start the program on so many CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "rmsprop_jax", *map(str, arguments)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def finish(process):
+    """Return status, standard output and standard error of a program."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def result(folder):
+    """Return all that must not depend on how often a run was killed."""
+    saved = folder / "checkpoints" / "rmsprop"
+    last = max(saved.iterdir(), key=lambda path: int(path.name))
+    about = next((last / "about").iterdir())
+    metrics = (folder / "metrics.csv").read_bytes()
+    return metrics, json.loads(about.read_text())["digest"], last.name
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    status, out, err = finish(start(*SHORT, "--out", folder))
+    assert status == 0, out + err
+    return folder
+
+
+def test_defaults_reach_95_percent_within_a_minute(tmp_path):
+    begun = time.monotonic()
+    status, out, err = finish(start(cwd=tmp_path))
+    assert status == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert time.monotonic() - begun < 60
+    assert float(rows(folder)[-1]["accuracy"]) >= 0.95
+    assert len(rows(folder)) == 20
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "1 x cpu" in out
+    for shown in ("loss=", "lr=", "step/s", "held-out accuracy"):
+        assert shown in out + err
+
+
+def test_killed_at_any_moment_and_resumed_ends_with_the_same_bits(
+    undisturbed, tmp_path
+):
+    folder = tmp_path / "run"
+    saved = folder / "checkpoints" / "rmsprop"
+    # Killed right after the folder appears, in the first epoch, while the first
+    # checkpoint is being written, and some steps after the second.
+    first, second = saved / "44", saved / "88"
+    for path, delay, flags in (
+        (folder / "config.json", 0, (*SHORT, "--out", folder)),
+        (saved, 0.4, ("--resume", "--out", folder)),
+        (first, 0, ("--resume", "--out", folder)),
+        (second, 0.02, ("--resume", "--out", folder)),
+    ):
+        process = start(*flags)
+        wait_for(path, process)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+    status, _, err = finish(start("--resume", "--out", folder))
+    assert status == 0, err
+    assert result(folder) == result(undisturbed)
+
+
+def test_control_c_saves_within_an_epoch_and_says_how_to_go_on(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*SHORT, "--out", folder)
+    wait_for(folder / "checkpoints" / "rmsprop" / "44", process)
+    process.send_signal(signal.SIGINT)
+    status, out, err = finish(process)
+    assert status == 130, err
+    assert f"python -m rmsprop_jax --resume --out {folder}" in out
+    assert "Traceback" not in err
+    status, out, err = finish(start("--resume", "--out", folder))
+    assert status == 0, err
+    assert result(folder) == result(undisturbed)
+
+
+def test_all_optimizers_train_on_eight_devices(tmp_path):
+    folder = tmp_path / "run"
+    process = start(
+        "--optimizer", "all", "--epochs", 1, "--out", folder, devices=8, cwd=tmp_path
+    )
+    status, out, err = finish(process)
+    assert status == 0, err
+    assert "8 x cpu" in out
+    found = {row["optimizer"]: float(row["accuracy"]) for row in rows(folder)}
+    assert found.keys() == {"rmsprop", "sgd", "momentum", "adam", "adagrad"}
+    assert min(found.values()) > 0.3, "chance is 0.1"
+
+
+def refused(capsys, *arguments):
+    """Return the one line with which the program refuses the arguments."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(x) for x in arguments])
+    message = caught.value.code
+    if isinstance(message, int):
+        message = capsys.readouterr().err
+    assert caught.value.code != 0
+    assert len(message.strip().splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
+def test_damaged_checkpoint_is_named_and_the_one_before_still_resumes(
+    undisturbed, tmp_path, capsys, damage
+):
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", undisturbed, folder], check=True)
+    checkpoints = folder / "checkpoints" / "rmsprop"
+    last, before = checkpoints / "176", checkpoints / "132"
+    kept = {x: x.read_bytes() for x in before.rglob("*") if x.is_file()}
+    data = max(last.rglob("*"), key=lambda x: x.stat().st_size if x.is_file() else 0)
+    content = bytearray(data.read_bytes())
+    if damage == "removed":
+        data.unlink()
+    elif damage == "truncated":
+        data.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 255
+        data.write_bytes(content)
+    message = refused(capsys, "--resume", "--out", folder)
+    assert str(last) in message and "damaged" in message and "Delete" in message
+    assert kept == {x: x.read_bytes() for x in before.rglob("*") if x.is_file()}
+    if damage == "altered":
+        subprocess.run(["rm", "-r", last], check=True)
+        status, _, err = finish(start("--resume", "--out", folder))
+        assert status == 0, err
+        assert result(folder) == result(undisturbed)
+
+
+def test_checkpoint_of_another_run_is_refused(undisturbed, tmp_path, capsys):
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", undisturbed, folder], check=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"decay": 0.5}))
+    message = refused(capsys, "--resume", "--out", folder)
+    assert "belongs to another run" in message
+    assert result(folder) == result(undisturbed)
+
+
+def test_a_run_is_never_overwritten_and_its_flags_are_kept(undisturbed, capsys):
+    before = result(undisturbed)
+    assert "not empty" in refused(capsys, "--out", undisturbed)
+    message = refused(capsys, "--resume", "--out", undisturbed, "--decay", 0.5)
+    assert "decay=0.9, not 0.5" in message
+    assert result(undisturbed) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--decay", "1"], "must be in [0, 1)"),
+        (["--decay", "nan"], "must be in [0, 1)"),
+        (["--learning-rate", "fast"], "invalid number value: 'fast'"),
+        (["--learning-rate", "-1"], "must be in [0, inf)"),
+        (["--learning-rate", "inf"], "must be in [0, inf)"),
+        (["--epochs", "0"], "must be in [1, inf)"),
+        (["--epochs", "1.5"], "invalid whole number value: '1.5'"),
+        (["--batch-size", "9"], "multiple of 8"),
+        (["--batch-size", "5000"], "must be in [1, 1438)"),
+        (["--optimizer", "adamw"], "choose from"),
+        (["--optimizer", "adam", "--centered"], "--centered is for rmsprop, not adam"),
+        (["--centered", "--decay", "0"], "centered has no meaning with decay=0"),
+        (["--momentun", ".9"], "unrecognized arguments"),
+    ],
+)
+def test_bad_flags_get_one_line(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, *arguments)
+
+
+def test_folders_that_cannot_be_used_get_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "file" in refused(capsys, "--out", file / "run")
+    assert "file" in refused(capsys, "--out", file)
+    assert "holds no run" in refused(capsys, "--resume")
+    assert "holds no run" in refused(capsys, "--resume", "--out", tmp_path)
+    assert "not empty" in refused(capsys, "--out", tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert "holds no run" in refused(capsys, "--resume", "--out", Path(tmp_path))
+    assert file.read_text() == "mine"
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for flag in (
+        "optimizer learning-rate decay eps momentum centered schedule epochs "
+        "batch-size seed out resume"
+    ).split():
+        assert f"--{flag}" in text

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 
 def options(initial_scale, centered, mask, options):
@@ -150,8 +151,10 @@ def gradient(g, p, nu, mu, trace, tree, i):
             f"updates{at()} must have shape {nu.shape} as in init, got {g.shape}: "
             "gradients are not broadcast. Reshape one of the two."
         )
-    if p is not None and p.shape != nu.shape:
-        raise ValueError(f"params{at()} must have shape {nu.shape}, got {p.shape}.")
+    if p is not None and jnp.shape(p) != nu.shape:
+        raise ValueError(
+            f"params{at()} must have shape {nu.shape} as in init, got {jnp.shape(p)}."
+        )
     for other in (p, mu, trace):
         if other is not None and jnp.iscomplexobj(other) != jnp.iscomplexobj(g):
             raise ValueError(
@@ -182,7 +185,7 @@ def _path(tree, i):
 
 def _concrete(value):
     """Return the value of a scalar as a float, or None while it is traced."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     return float(jax.device_get(value))
 

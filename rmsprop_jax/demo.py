@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,12 +52,13 @@ class Reader(nnx.Module):
     def __call__(self, images):
         """Return logits [batch, 10] of images [batch, 8, 8]."""
         start = jnp.zeros((len(images), HIDDEN), images.dtype)
-        return self.head(self.rnn(images, initial_carry=start)[:, -1])
+        outputs = jnp.asarray(self.rnn(images, initial_carry=start))
+        return self.head(outputs[:, -1])
 
 
 def digits():
     """Return images [n, 8, 8] in [0, 1] and labels [n], for training and held out."""
-    data = load_digits()
+    data: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     images = (data.images / 16).astype(np.float32)[order]
     labels = data.target.astype(np.int32)[order]
@@ -145,7 +147,7 @@ def train(config, optimizer, folder, stop, report):
             order = np.random.default_rng([config["seed"], epoch])
             chosen = order.permutation(len(labels))[within * batch :][:batch]
             state, loss = step(state, jax.device_put(chosen, split))
-            rate = float(schedule(done))
+            rate = float(jnp.asarray(schedule(done)))
             done += 1
             bar.update()
             if done % 15 == 0 or done == steps:
@@ -214,12 +216,12 @@ class Checkpoints:
         try:
             about = self.manager.restore(
                 step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
-            ).about
+            )["about"]
             if about["config"] != self.config:
                 raise Problem(f"{where} belongs to another run. Use another --out.")
             state = self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))
-            ).state
+            )["state"]
             if about["digest"] != _digest(state):
                 raise ValueError("its arrays are not those that were saved")
         except Problem:

@@ -30,6 +30,8 @@ where the difference of two averages cancels and gives NaN. The new mu stands in
 `square`, for (g - mu_new) = decay * (g - mu_old); so mu can be overwritten in place.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,10 +39,10 @@ import numpy as np
 
 def step(
     g: jax.Array,
-    p: jax.Array | None,
+    p,
     nu: jax.Array,
-    mu: jax.Array | None,
-    trace: jax.Array | None,
+    mu,
+    trace,
     t: jax.Array,
     *,
     decay,
@@ -83,8 +85,8 @@ def step(
     real = np.promote_types(wide(nu.dtype), jnp.finfo(wide(g.dtype)).dtype)
     work = np.promote_types(real, g.dtype) if jnp.iscomplexobj(g) else real
     kept = tuple(None if x is None else x.dtype for x in (g, nu, mu, trace))
-    g, p, mu, trace = (None if x is None else x.astype(work) for x in (g, p, mu, trace))
-    nu = nu.astype(real)
+    g, p, mu, trace = (_cast(x, work) for x in (g, p, mu, trace))
+    nu = _cast(nu, real)
 
     # Formed before rounding to `real`: in float32, 1 - 0.999 is off by 1e-5.
     c = _cast(1 - _cast(decay), real)
@@ -127,8 +129,7 @@ def step(
     if weight_decay is not None:
         update = update - lr * weight_decay * p
     return tuple(
-        None if x is None else x.astype(dtype)
-        for x, dtype in zip((update, nu, mu, trace), kept, strict=True)
+        _cast(x, dtype) for x, dtype in zip((update, nu, mu, trace), kept, strict=True)
     )
 
 
@@ -139,11 +140,11 @@ def wide(dtype) -> np.dtype:
     return jnp.dtype(jnp.float32)
 
 
-def _cast(scalar, dtype=None):
-    """Cast a traced scalar, at least to float32; a Python float keeps its digits."""
-    if scalar is None or isinstance(scalar, float):
-        return scalar
-    return scalar.astype(dtype or wide(scalar.dtype))
+def _cast(x, dtype=None) -> Any:
+    """Cast an array, if not to dtype then widen it; leave None and Python floats."""
+    if x is None or isinstance(x, float):
+        return x
+    return x.astype(dtype or wide(x.dtype))
 
 
 def _abs_sq(x):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from rmsprop_jax import checks, rule
@@ -28,7 +29,7 @@ class RMSPropState(NamedTuple):
       trace: momentum buffer; like params, None unless momentum.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     nu: PyTree
     mu: PyTree | None
     trace: PyTree | None
@@ -191,7 +192,7 @@ def _transformation(
     reads_params = [k for k in ("l2", "weight_decay") if options.get(k) is not None]
     options = _split(options)
 
-    def init(params):
+    def init(params) -> Any:
         params = jax.tree.map(checks.parameter, params)
 
         def nu(p):
@@ -211,7 +212,7 @@ def _transformation(
             trace=jax.tree.map(zeros, params) if has_trace else None,
         )
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state: Any, params=None, **extra_args) -> tuple[Any, Any]:
         del extra_args
         checks.state(state, centered, has_trace)
         if reads_params and params is None:
@@ -222,8 +223,7 @@ def _transformation(
         decayed = None if mask is None else checks.mask(mask, params)
         params = params if reads_params else None
         # Inside another trace, a jit of its own would only cost time.
-        tracing = isinstance(state.count, jax.core.Tracer)
-        step = _update.__wrapped__ if tracing else _update
+        step = _update if isinstance(state.count, Tracer) else _compiled_update
         return step(updates, state, params, decayed, *options)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -248,7 +248,6 @@ def _full(p, dtype, arrays, static):
     return (p != p).astype(dtype) * 0 + jnp.asarray(value, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("decayed", "static"))
 def _update(updates, state, params, decayed, arrays, static):
     """Step the whole tree; trees, shapes and dtypes are checked while it is traced."""
     tree = jax.tree.structure(state.nu)
@@ -264,15 +263,16 @@ def _update(updates, state, params, decayed, arrays, static):
     if callable(options.get("lr")):
         lr = options["lr"](state.count)
         options["lr"] = checks.number("learning_rate(count)", lr)
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
 
     new = []
-    for i, (g, p, *buffers, decay) in enumerate(rows):
+    for i, (g, p, nu, mu, trace, decay) in enumerate(rows):
         if not checks.absent(g):
-            checks.gradient(g, p, *buffers, tree, i)
+            g = g if hasattr(g, "dtype") else jnp.asarray(g)
+            checks.gradient(g, p, nu, mu, trace, tree, i)
             used = options if decay else options | {"weight_decay": None}
-            g, *buffers = _leaf(g, p, *buffers, count, *_split(used))
-        new.append((g, *buffers))
+            g, nu, mu, trace = _leaf(g, p, nu, mu, trace, count, *_split(used))
+        new.append((g, nu, mu, trace))
     steps, *buffers = ([row[k] for row in new] for k in range(4))
     return tree.unflatten(steps), RMSPropState(
         count,
@@ -281,6 +281,9 @@ def _update(updates, state, params, decayed, arrays, static):
             for old, x in zip(state[1:], buffers, strict=True)
         ),
     )
+
+
+_compiled_update = jax.jit(_update, static_argnames=("decayed", "static"))
 
 
 # Jitted by itself, so that leaves of one shape and dtype are traced once.

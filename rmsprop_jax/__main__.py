@@ -63,7 +63,11 @@ def parser():
 
     names = ("rmsprop", "sgd", "momentum", "adam", "adagrad", "all")
     real, share = number(float, 0), number(float, 0, 1)
-    add("--optimizer", "default rmsprop; all compares the five", choices=names)
+    add(
+        "--optimizer",
+        "which to train with; default rmsprop; all: each of them, in one figure",
+        choices=names,
+    )
     add(
         "--learning-rate",
         "size of a step at its largest; default: one that suits the optimizer",
@@ -96,18 +100,33 @@ def parser():
     )
     add(
         "--schedule",
-        "course of the learning rate; default cosine",
+        "how the learning rate changes over the run; default cosine",
         choices=("constant", "cosine", "warmup_cosine"),
     )
-    add("--epochs", "default 20", type=number(int, 1), metavar="N")
+    add(
+        "--epochs",
+        "passes over the training images; default 20",
+        type=number(int, 1),
+        metavar="N",
+    )
     add(
         "--batch-size",
         "images a step, a multiple of the number of devices; default 32 or the next",
         type=number(int, 1, 1438),
         metavar="N",
     )
-    add("--seed", "default 0", type=number(int, 0, 2**31), metavar="N")
-    add("--out", "default: a new folder in runs/", type=Path, metavar="DIR")
+    add(
+        "--seed",
+        "of the first weights and the order of images; default 0",
+        type=number(int, 0, 2**31),
+        metavar="N",
+    )
+    add(
+        "--out",
+        "folder to write into; default: a new one in runs/",
+        type=Path,
+        metavar="DIR",
+    )
     add(
         "--resume",
         "go on with the run in --out (default: the newest in runs/) from its last "

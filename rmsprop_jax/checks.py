@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -44,51 +45,60 @@ def options(initial_scale, centered, mask, options):
 
 def number(name, value, below=math.inf):
     """Return a scalar in [0, below): a Python or NumPy number as a float."""
-    if not isinstance(value, jax.Array):
-        try:
-            value = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{name} must be a number or a scalar array, got {value!r}."
-            ) from None
-    elif value.shape != () or jnp.iscomplexobj(value):
+    if not isinstance(
+        value, int | float | complex | np.ndarray | np.generic | jax.Array
+    ):
+        raise ValueError(f"{name} must be a number or a scalar array, got {value!r}.")
+    dtype = jnp.result_type(value)
+    if np.shape(value) != () or np.issubdtype(dtype, np.complexfloating):
         raise ValueError(
-            f"{name} must be one real number, got {value.dtype}{list(value.shape)}. To "
+            f"{name} must be one real number, got {dtype}{list(np.shape(value))}. To "
             "try several values at once, use jax.vmap."
         )
     seen = _concrete(value)
     if seen is not None and not 0 <= seen < below:
         fix = ""
-        if isinstance(value, jax.Array) and value.dtype.itemsize < 4:
-            fix = f" Rounding to {value.dtype} may have moved it there: pass float32 "
+        if dtype.itemsize < 4:
+            fix = f" Rounding to {dtype} may have moved it there: pass float32 "
             fix += "(in optax.inject_hyperparams, hyperparam_dtype=jnp.float32)."
         raise ValueError(f"{name} must be in [0, {below}), got {seen}.{fix}")
-    return value
+    return value if isinstance(value, jax.Array) else seen
 
 
 def state_dtype(name, dtype):
     """Return a dtype in which state can be kept, or None for None."""
     if dtype is None:
         return None
+    allowed = f"{name} must be float32, float64 or None, got"
     try:
+        if not isinstance(dtype, str | type | np.dtype):
+            raise TypeError
         known = jnp.dtype(dtype)
     except TypeError:
         raise ValueError(
-            f"{name} must be float32, float64 or None, got {dtype!r}. In "
-            f"optax.inject_hyperparams, list it in static_args."
+            f"{allowed} {dtype!r}. In optax.inject_hyperparams, list it in static_args."
         ) from None
     if known not in (jnp.float32, jnp.float64):
-        raise ValueError(f"{name} must be float32, float64 or None, got {known}.")
+        raise ValueError(f"{allowed} {known}.")
     if known != jax.dtypes.canonicalize_dtype(known):
         raise ValueError(f"{name}={known} needs jax.config.jax_enable_x64.")
     return known
 
 
-def parameter(leaf):
-    """Return a leaf of the tree that `init` was given as what jit accepts."""
+def parameter(path, leaf):
+    """Return a leaf of the tree that `init` was given as an array."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-    return leaf
+    if isinstance(leaf, jax.Array):
+        return leaf
+    try:
+        return jnp.asarray(leaf)
+    except TypeError:
+        at = jax.tree_util.keystr(path)
+        raise ValueError(
+            f"params{at} must be an array, got {type(leaf).__name__}. Leave out what "
+            "is not trained: filter the tree, or use optax.masked."
+        ) from None
 
 
 def state(state, centered, momentum):
@@ -113,7 +123,10 @@ def state(state, centered, momentum):
 def leaves(name, values, tree):
     """Return the leaves of a tree, refusing one that is not like the parameters."""
     try:
-        return tree.flatten_up_to(values)
+        found = tree.flatten_up_to(values)
+        return [
+            jnp.asarray(x) if isinstance(x, int | float | complex) else x for x in found
+        ]
     except ValueError as error:
         found = jax.tree_util.tree_flatten_with_path(values)[0]
         found = [jax.tree_util.keystr(keys) for keys, _ in found]
@@ -135,12 +148,15 @@ def absent(g):
     )
 
 
-def gradient(g, p, nu, mu, trace, tree, i):
+def gradient(g, p, nu, mu, trace, reads_params, tree, i):
     """Refuse leaf i of the gradients if it does not fit its parameter and state."""
 
     def at():
         return _path(tree, i)
 
+    for name, x in (("updates", g), ("params", p))[: 1 + reads_params]:
+        if not hasattr(x, "dtype"):
+            raise ValueError(f"{name}{at()} must be an array, got {type(x).__name__}.")
     if not jnp.issubdtype(g.dtype, jnp.inexact):
         raise ValueError(
             f"updates{at()} must be floating point or complex, got {g.dtype}. Leave "
@@ -151,9 +167,9 @@ def gradient(g, p, nu, mu, trace, tree, i):
             f"updates{at()} must have shape {nu.shape} as in init, got {g.shape}: "
             "gradients are not broadcast. Reshape one of the two."
         )
-    if p is not None and jnp.shape(p) != nu.shape:
+    if p is not None and p.shape != nu.shape:
         raise ValueError(
-            f"params{at()} must have shape {nu.shape} as in init, got {jnp.shape(p)}."
+            f"params{at()} must have shape {nu.shape} as in init, got {p.shape}."
         )
     for other in (p, mu, trace):
         if other is not None and jnp.iscomplexobj(other) != jnp.iscomplexobj(g):
@@ -165,17 +181,21 @@ def gradient(g, p, nu, mu, trace, tree, i):
 
 def mask(mask, params):
     """Return the mask as one bool for each leaf of params."""
-    mask = mask(params) if callable(mask) else mask
+
+    def spread(m, part):
+        if isinstance(m, str) or np.asarray(m).dtype != bool or np.ndim(m):
+            raise ValueError(f"Got {m!r}.")
+        return jax.tree.map(lambda _: bool(m), part)
+
     try:
-        spread = jax.tree.map(
-            lambda m, part: jax.tree.map(lambda _: bool(m), part), mask, params
-        )
+        mask = mask(params) if callable(mask) else mask
+        leaves = jax.tree.leaves(jax.tree.map(spread, mask, params))
     except ValueError as error:
         raise ValueError(
             "weight_decay_mask must be a tree of bools like params, or a prefix of it. "
             f"{error}"
         ) from None
-    return tuple(jax.tree.leaves(spread))
+    return tuple(leaves)
 
 
 def _path(tree, i):

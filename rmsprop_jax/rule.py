@@ -90,8 +90,9 @@ def step(
 
     # Formed before rounding to `real`: in float32, 1 - 0.999 is off by 1e-5.
     c = _cast(1 - _cast(decay), real)
-    lr, decay, eps, momentum, l2, weight_decay = (
-        _cast(x, real) for x in (lr, decay, eps, momentum, l2, weight_decay)
+    decay, eps = _cast(decay, real), _cast(eps, real)
+    lr, momentum, l2, weight_decay = (
+        _cast(x, work) for x in (lr, momentum, l2, weight_decay)
     )
 
     if l2 is not None:
@@ -99,15 +100,15 @@ def step(
     if mu is None:
         square = _abs_sq(g)
     else:
-        mu = mu + c * (g - mu)
+        mu = mu + _cast(c, work) * (g - mu)
         square = _abs_sq(g - mu) / decay
     # Bounded, because an infinite nu would never decay again.
     nu = decay * nu + c * jnp.minimum(square, jnp.finfo(real).max)
 
     v = nu
     if bias_correction:
-        # 1 - decay^t, without the digits that the subtraction would lose.
-        v = nu / -jnp.expm1(t.astype(real) * jnp.log1p(-c))
+        # With the rounding of optax.scale_by_adam, which this equals for b1 = 0.
+        v = nu / (1 - jnp.asarray(decay, real) ** t.astype(real))
     if isinstance(eps, float) and eps >= jnp.finfo(real).tiny:
         u = _divide(g, v, eps, eps_in_sqrt)
     else:
@@ -153,7 +154,8 @@ def _abs_sq(x):
 
 
 def _divide(g, v, eps, eps_in_sqrt):
-    return g * jax.lax.rsqrt(v + eps) if eps_in_sqrt else g / (_sqrt(v) + eps)
+    scale = jax.lax.rsqrt(v + eps) if eps_in_sqrt else 1 / (_sqrt(v) + eps)
+    return g * scale.astype(g.dtype)
 
 
 @jax.custom_jvp

@@ -163,8 +163,8 @@ def scale_by_rms(
       >>> core = rmsprop_jax.scale_by_rms(decay=0.75)
       >>> gradients = jnp.array([1e-3, -1e3])
       >>> scaled, _ = core.update(gradients, core.init(gradients))
-      >>> print(scaled.round(2))
-      [ 1.96 -2.  ]
+      >>> print([f"{x:.2f}" for x in scaled])
+      ['1.96', '-2.00']
 
     References:
       The equations, with lr None: `rmsprop_jax.rule`.
@@ -193,7 +193,7 @@ def _transformation(
     options = _split(options)
 
     def init(params) -> Any:
-        params = jax.tree.map(checks.parameter, params)
+        params = jax.tree_util.tree_map_with_path(checks.parameter, params)
 
         def nu(p):
             dtype = nu_dtype or jnp.finfo(rule.wide(p.dtype)).dtype
@@ -217,7 +217,7 @@ def _transformation(
         checks.state(state, centered, has_trace)
         if reads_params and params is None:
             raise ValueError(
-                f"{' and '.join(reads_params)} read the parameters: call "
+                f"{' and '.join(reads_params)} must read the parameters: call "
                 "update(updates, state, params)."
             )
         decayed = None if mask is None else checks.mask(mask, params)
@@ -268,8 +268,7 @@ def _update(updates, state, params, decayed, arrays, static):
     new = []
     for i, (g, p, nu, mu, trace, decay) in enumerate(rows):
         if not checks.absent(g):
-            g = g if hasattr(g, "dtype") else jnp.asarray(g)
-            checks.gradient(g, p, nu, mu, trace, tree, i)
+            checks.gradient(g, p, nu, mu, trace, params is not None, tree, i)
             used = options if decay else options | {"weight_decay": None}
             g, nu, mu, trace = _leaf(g, p, nu, mu, trace, count, *_split(used))
         new.append((g, nu, mu, trace))

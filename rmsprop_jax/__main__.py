@@ -254,6 +254,8 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    # What libraries leave behind unfinished is not for the user to read.
+    sys.unraisablehook = lambda _: None
     try:
         sys.exit(main())
     except KeyboardInterrupt:

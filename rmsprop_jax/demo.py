@@ -183,7 +183,8 @@ class Checkpoints:
         """Open the folder, creating it if need be."""
         self.folder, self.config = folder.absolute(), config
         # Orbax reports on itself at length; what matters is raised.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False
         )

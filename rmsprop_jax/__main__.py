@@ -136,6 +136,10 @@ def parser():
     return result
 
 
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def begin(flags, demo):
     """Return the folder and the config of a new run."""
     config = DEFAULTS | flags
@@ -147,13 +151,17 @@ def begin(flags, demo):
     out = config.pop("out", None)
     if out is None:
         out = Path("runs", time.strftime(f"{config['optimizer']}-%Y%m%d-%H%M%S"))
+    return out, config
+
+
+def claim(out, demo):
+    """Make the folder of a new run, which must have nothing in it."""
     out.mkdir(parents=True, exist_ok=True)
     if any(not path.name.startswith(".") for path in out.iterdir()):
         raise demo.Problem(
             f"{out} is not empty. Use --resume to go on with a run in it, or another "
             "--out."
         )
-    return out, config
 
 
 def resume(flags, demo):
@@ -166,7 +174,14 @@ def resume(flags, demo):
         out = runs[-1].parent
     try:
         config = json.loads((out / "config.json").read_text())
-        if config.keys() != DEFAULTS.keys():
+        words = []
+        for name, value in config.items():
+            if value is True:
+                words.append(_flag(name))
+            elif value is not None and value is not False:
+                words += [_flag(name), str(value)]
+        read = DEFAULTS | vars(parser().parse_args(words))
+        if read != DEFAULTS | config or config.keys() != DEFAULTS.keys():
             raise ValueError("config.json is not that of a run")
     except (OSError, ValueError, AttributeError) as error:
         raise demo.Problem(
@@ -175,8 +190,8 @@ def resume(flags, demo):
     for name, value in flags.items():
         if config[name] != value:
             raise demo.Problem(
-                f"the run in {out} has {name}={config[name]}, not {value}. Leave the "
-                "flag out, or begin a new run with another --out."
+                f"the run in {out} has {_flag(name)} {config[name]}, not {value}. "
+                "Leave the flag out, or begin a new run with another --out."
             )
     return out, config
 
@@ -189,13 +204,14 @@ def run(flags, demo):
         devices = jax.local_devices()
     except RuntimeError as error:
         raise demo.Problem(f"JAX finds no device: {error}") from error
-    out, config = (resume if flags.pop("resume", False) else begin)(flags, demo)
+    resumed = flags.pop("resume", False)
+    out, config = (resume if resumed else begin)(flags, demo)
     count = len(devices)
     config["batch_size"] = config["batch_size"] or -(-32 // count) * count
     if config["batch_size"] % count:
         raise demo.Problem(
             f"--batch-size {config['batch_size']} cannot be split over {count} "
-            f"devices. Use a multiple of {count}."
+            f"devices. Use a multiple of {count}, or to resume, devices that divide it."
         )
     chosen = config["optimizer"]
     optimizers = demo.OPTIMIZERS if chosen == "all" else [chosen]
@@ -204,6 +220,8 @@ def run(flags, demo):
             demo.transformation(config, optimizer, 0.0)
     except ValueError as error:
         raise demo.Problem(str(error)) from error
+    if not resumed:
+        claim(out, demo)
     with demo.replacing(out / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2))
     print(f"Training on {count} x {devices[0].device_kind}, into {out}/", flush=True)
@@ -246,7 +264,7 @@ def main(arguments=None):
     try:
         from rmsprop_jax import demo
     except ImportError as error:
-        sys.exit(f"{NAME}: error: {error}. Install it: pip install 'rmsprop_jax[demo]'")
+        sys.exit(f"{NAME}: error: {error}. Install it: pip install '.[demo]'")
     try:
         return run(flags, demo)
     except (demo.Problem, OSError) as error:
@@ -259,4 +277,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(f"{NAME}: left at once. What was saved before is there: --resume.")
+        sys.exit(f"{NAME}: stopped at once. A checkpoint that was saved is whole.")

@@ -1,8 +1,8 @@
 """Measure this machine: `python -m rmsprop_jax.bench [--quick]` prints a table.
 
-Every figure is a ratio of medians of runs that take turns, A B A B ..., on the same
-inputs, after the results were compared with the rule in float64. The step is compiled,
-with parameters and state donated. `optax` is `optax.rmsprop`; `torch` is
+Times are ratios of medians of runs that take turns, A B A B ..., on the same inputs.
+The step is compiled, with parameters and state donated; the first of ours and of
+Optax's is compared with the rule in float64. `optax` is `optax.rmsprop`; `torch` is
 `torch.optim.RMSprop`, if it is installed, on the same kind of device.
 """
 
@@ -89,7 +89,7 @@ def torch_stepper(options, params, grads):
     # Threads that spin while they wait would take their cores from the next task.
     os.environ |= dict(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0")
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()

@@ -14,6 +14,9 @@ def options(initial_scale, centered, mask, options):
     """Return the initial scale and the options of the rule, numbers made plain."""
     limits = dict(decay=1, eps=math.inf, momentum=1, l2=math.inf, weight_decay=math.inf)
     checked = dict(options)
+    for name, value in options.items():
+        if name in ("eps_in_sqrt", "nesterov", "bias_correction", "lr_in_momentum"):
+            checked[name] = bool(value)
     for name, below in limits.items():
         # None means off, for those that can be.
         if name in ("decay", "eps") or options.get(name) is not None:
@@ -30,10 +33,11 @@ def options(initial_scale, centered, mask, options):
             f"bias_correction has no meaning with {cause}: it corrects an average that "
             "is not centered and starts at 0. Drop one of the two."
         )
-    if centered and _concrete(checked["decay"]) == 0:
+    seen = _concrete(checked["decay"])
+    if centered and seen is not None and seen < np.finfo(np.float32).tiny:
         raise ValueError(
-            "centered has no meaning with decay=0: one gradient has no spread. Use a "
-            "decay above 0, about 0.9."
+            f"centered has no meaning with decay={seen:g}: one gradient has no spread. "
+            "Use a decay above 0, about 0.9."
         )
     if mask is not None and options["weight_decay"] is None:
         raise ValueError(
@@ -58,7 +62,7 @@ def number(name, value, below=math.inf):
     seen = _concrete(value)
     if seen is not None and not 0 <= seen < below:
         fix = ""
-        if dtype.itemsize < 4:
+        if seen == below and dtype.itemsize < 4 and jnp.issubdtype(dtype, np.floating):
             fix = f" Rounding to {dtype} may have moved it there: pass float32 "
             fix += "(in optax.inject_hyperparams, hyperparam_dtype=jnp.float32)."
         raise ValueError(f"{name} must be in [0, {below}), got {seen}.{fix}")
@@ -179,8 +183,8 @@ def gradient(g, p, nu, mu, trace, reads_params, tree, i):
             )
 
 
-def mask(mask, params):
-    """Return the mask as one bool for each leaf of params."""
+def mask(mask, params, tree):
+    """Return the mask as one bool for each leaf."""
 
     def spread(m, part):
         if isinstance(m, str) or np.asarray(m).dtype != bool or np.ndim(m):
@@ -189,13 +193,13 @@ def mask(mask, params):
 
     try:
         mask = mask(params) if callable(mask) else mask
-        leaves = jax.tree.leaves(jax.tree.map(spread, mask, params))
-    except ValueError as error:
+        leaves = tree.flatten_up_to(jax.tree.map(spread, mask, params))
+    except (TypeError, ValueError) as error:
         raise ValueError(
             "weight_decay_mask must be a tree of bools like params, or a prefix of it. "
             f"{error}"
         ) from None
-    return tuple(leaves)
+    return tuple(x is True for x in leaves)
 
 
 def _path(tree, i):

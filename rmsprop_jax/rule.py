@@ -7,14 +7,16 @@ With t = 1 at the first step and c = 1 - decay, from top to bottom:
     square = |g|^2                                            not centered
     mu     = mu + c * (g - mu)                                centered
     square = |g - mu|^2 / decay                               centered
-    nu     = decay * nu + c * square
+    nu     = decay * nu + c * min(square, largest number)
 
     v      = nu / (1 - decay^t)                               bias_correction
     v      = nu                                               otherwise
 
     u      = g / sqrt(v + eps)                                eps_in_sqrt
     u      = g / (sqrt(v) + eps)                              otherwise
+    u      = 0                                                where v + eps = 0
 
+    update = u                                                no lr
     update = -lr * u                                          no momentum
     trace  = momentum * trace + lr * u                        lr_in_momentum
     update = -trace
@@ -107,7 +109,8 @@ def step(
 
     v = nu
     if bias_correction:
-        # With the rounding of optax.scale_by_adam, which this equals for b1 = 0.
+        # With the rounding of optax.scale_by_adam, which this equals for b1 = 0 with
+        # eps outside the root.
         v = nu / (1 - jnp.asarray(decay, real) ** t.astype(real))
     if isinstance(eps, float) and eps >= jnp.finfo(real).tiny:
         u = _divide(g, v, eps, eps_in_sqrt)

@@ -59,8 +59,8 @@ def rmsprop(
     additions. Every number may be a traced or vmapped scalar. None means off.
 
     Args:
-      learning_rate: step size, or a schedule from the steps taken to it; the first
-        update uses `learning_rate(0)`.
+      learning_rate: step size, or a schedule: a pure function, which is compiled, from
+        the steps taken to it. The first update uses `learning_rate(0)`.
       decay: share of the averages that each step keeps, in [0, 1).
       eps: added to the denominator, in units of |g|^2 if `eps_in_sqrt`, else of |g|.
       initial_scale: value at which `nu` starts. TensorFlow 1 starts at 1.
@@ -185,6 +185,7 @@ def _transformation(
     *, initial_scale, centered, mask=None, nu_dtype, momentum_dtype, **options
 ):
     """Close `init` and `update` over checked options; `options` are `rule.step`'s."""
+    centered = bool(centered)
     start, options = checks.options(initial_scale, centered, mask, options)
     nu_dtype = checks.state_dtype("nu_dtype", nu_dtype)
     momentum_dtype = checks.state_dtype("momentum_dtype", momentum_dtype)
@@ -220,7 +221,9 @@ def _transformation(
                 f"{' and '.join(reads_params)} must read the parameters: call "
                 "update(updates, state, params)."
             )
-        decayed = None if mask is None else checks.mask(mask, params)
+        decayed = None
+        if mask is not None:
+            decayed = checks.mask(mask, params, jax.tree.structure(state.nu))
         params = params if reads_params else None
         # Inside another trace, a jit of its own would only cost time.
         step = _update if isinstance(state.count, Tracer) else _compiled_update
@@ -231,7 +234,7 @@ def _transformation(
 
 # The compiled functions live at module level, so that a factory called anew at every
 # step compiles once.
-@functools.partial(jax.jit, keep_unused=True, inline=True)
+@functools.partial(jax.jit, keep_unused=True)
 def _zero(leaves):
     """Return the number 0 on the devices of the leaves."""
     return jnp.zeros([], jnp.int32)

@@ -106,9 +106,6 @@ def test_schedules_of_one_code_are_told_apart():
             Decay(peak),
             lambda count, peak=peak: peak * 0.5 ** count.astype(jnp.float32),
         ):
-            assert_close(
-                run(rmsprop(schedule), params)[1], run(rmsprop(0.1), params)[1]
-            )
             updates, _ = rmsprop(schedule).update(params, rmsprop(0.1).init(params))
             expected, _ = rmsprop(peak).update(params, rmsprop(0.1).init(params))
             assert_close(updates, expected)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rmsprop_jax import demo
 from rmsprop_jax.__main__ import main
 
 SHORT = ("--epochs", "4", "--momentum", "0.5", "--seed", "3")
@@ -183,7 +184,7 @@ def test_a_run_is_never_overwritten_and_its_flags_are_kept(undisturbed, capsys):
     before = result(undisturbed)
     assert "not empty" in refused(capsys, "--out", undisturbed)
     message = refused(capsys, "--resume", "--out", undisturbed, "--decay", 0.5)
-    assert "decay=0.9, not 0.5" in message
+    assert "--decay 0.9, not 0.5" in message
     assert result(undisturbed) == before
 
 
@@ -222,6 +223,12 @@ def test_folders_that_cannot_be_used_get_one_line(tmp_path, capsys, monkeypatch)
     (tmp_path / "config.json").write_text("[]")
     assert "holds no run" in refused(capsys, "--resume", "--out", Path(tmp_path))
     assert file.read_text() == "mine"
+
+
+def test_every_epoch_has_its_own_order_and_sees_all_images():
+    orders = [tuple(demo.shuffled(0, epoch, 50)) for epoch in range(3)]
+    assert len({*orders, tuple(demo.shuffled(1, 0, 50))}) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders)
 
 
 def test_help_explains_every_flag(capsys):

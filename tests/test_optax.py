@@ -129,7 +129,6 @@ def test_positional_arguments_are_those_of_optax(function):
 
 @pytest.mark.parametrize("other", (dict(centered=True), dict(initial_scale=1.0)))
 def test_bias_correction_is_refused_where_optax_accepts_it(other):
-    """The only options of Optax that are not taken: see the message for why."""
     optax.rmsprop(0.1, bias_correction=True, **other)
     with pytest.raises(ValueError, match="bias_correction has no meaning"):
         rmsprop_jax.rmsprop(0.1, bias_correction=True, **other)

@@ -29,6 +29,14 @@ def test_linked_files_exist():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_the_benchmark_is_in_it():
+    rows = re.findall(
+        r"^\| (?:step|direct|trace|compile).*\d\.\d\d.* \|$", README, re.M
+    )
+    assert len(rows) == 15
+    assert re.search(r"^20\d\d-\d\d-\d\d, .*jax \d", README, re.M)
+
+
 def test_there_are_two_commands_of_one_line_each():
     commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert len(commands) == 2

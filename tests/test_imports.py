@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import rmsprop_jax
-from rmsprop_jax import checks, rule, transform
+from rmsprop_jax import arrange, checks, interop, presets, rule, transform
 
 NAMES = ["RMSPropState", "rmsprop", "scale_by_rms"]
+MODULES = ["interop", "presets"]
 FUNCTIONS = [rmsprop_jax.rmsprop, rmsprop_jax.scale_by_rms]
 each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
@@ -32,6 +33,7 @@ from jax._src import xla_bridge
 rmsprop_jax.rmsprop(0.1, momentum=0.9, l2=0.1, nu_dtype="float32")
 rmsprop_jax.rmsprop(lambda count: 0.1, centered=True)
 rmsprop_jax.scale_by_rms()
+rmsprop_jax.presets.torch(momentum=0.9)
 print(xla_bridge.backends_are_initialized())
 heavy = ["flax", "torch", "keras", "tensorflow", "matplotlib", "sklearn", "orbax"]
 heavy += ["tqdm", "rmsprop_jax.demo", "rmsprop_jax.bench"]
@@ -40,8 +42,8 @@ print(*[name for name in heavy if name in sys.modules])
     assert in_a_new_process(code) == ["False"]
 
 
-def test_public_names_are_these_three():
-    assert sorted(rmsprop_jax.__all__) == sorted(NAMES)
+def test_public_names_are_these():
+    assert sorted(rmsprop_jax.__all__) == sorted(NAMES + MODULES)
     code = """
 import types, rmsprop_jax
 public = {k: v for k, v in vars(rmsprop_jax).items() if not k.startswith("_")}
@@ -86,7 +88,10 @@ def test_state_attributes_are_documented():
         (rule, set()),
         (checks, set()),
         (transform, {"checks", "rule"}),
-        (rmsprop_jax, {"transform"}),
+        (presets, {"checks", "transform"}),
+        (arrange, {"transform"}),
+        (interop, {"arrange", "presets", "transform"}),
+        (rmsprop_jax, {"interop", "presets", "transform"}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

@@ -1,0 +1,169 @@
+"""What `interop` moves: lists of arrays into a state and back, all of it checked."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmsprop_jax.transform import RMSPropState
+
+
+def entry(mapping, at, name):
+    """Return an entry of a dict that must have it."""
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}.")
+    if name not in mapping:
+        raise ValueError(f"{at} must have an entry {name!r}, got {list(mapping)}.")
+    return mapping[name]
+
+
+def expect(mapping, at, names, fix):
+    """Refuse a dict whose keys are not these."""
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}.")
+    missing = [name for name in names if name not in mapping]
+    extra = [name for name in mapping if name not in set(names)]
+    if missing or extra:
+        raise ValueError(
+            f"{at} must have the entries {list(names)}; missing: {missing}, extra: "
+            f"{extra}. {fix}"
+        )
+
+
+def steps(at, count):
+    """Return a number of steps as an int."""
+    number = float(count)
+    if not (0 <= number < 2**31 and number == int(number)):
+        raise ValueError(f"{at} must be an integer in [0, 2^31), got {number}.")
+    return int(number)
+
+
+def check(at, x):
+    """Refuse an array that is not finite or not of 32 or 64 bits."""
+    dtype = getattr(x, "dtype", type(x).__name__)
+    dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
+    if dtype not in ("float32", "float64", "complex64", "complex128"):
+        raise ValueError(
+            f"{at} must be an array of float32, float64, complex64 or complex128, got "
+            f"{dtype}. Half precision has lost digits, and an average freezes in it: "
+            "cast it to float32 if that is what you want."
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"{at} is {dtype}: turn jax.config.jax_enable_x64 on, or cast."
+        )
+    finite = jnp.isfinite(x) if isinstance(x, jax.Array) else np.isfinite(np.asarray(x))
+    if not finite.all():
+        raise ValueError(
+            f"{at} must be finite, got {int(finite.size - finite.sum())} that are not, "
+            f"of {finite.size}. Go back to a checkpoint from before that."
+        )
+
+
+def array(at, x):
+    """Return a NumPy copy, which nobody else holds, of an array of any framework."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+    check(at, x)
+    return np.array(x)
+
+
+def state(count, buffers, to_params):
+    """Return the state with these buffers: {field: {where it came from: array}}."""
+    arrays = {k: [array(at, x) for at, x in b.items()] for k, b in buffers.items()}
+    for at, v in zip(buffers["nu"], arrays["nu"], strict=True):
+        if min(np.min(np.real(v), initial=0), np.min(np.imag(v), initial=0)) < 0:
+            raise ValueError(f"{at} must not be negative: it is an average of squares.")
+    for field, buffer in buffers.items():
+        labels = list(buffers["nu"])
+        if len(buffer) != len(labels):
+            raise ValueError(f"{list(buffer)} and {labels} must be equally many.")
+        for i, (at, x) in enumerate(zip(buffer, arrays[field], strict=True)):
+            v = arrays["nu"][i]
+            if (x.shape, x.dtype) != (v.shape, v.dtype):
+                raise ValueError(
+                    f"{at} must be {v.dtype}{list(v.shape)} like {labels[i]}, got "
+                    f"{x.dtype}{list(x.shape)}."
+                )
+    if "mu" in arrays:
+        pairs = zip(arrays["nu"], arrays["mu"], strict=True)
+        arrays["nu"] = [np.asarray(variance(v, mu)) for v, mu in pairs]
+    trees = {}
+    for field, given in arrays.items():
+        tree = to_params(list(given))
+        _unchanged("to_params", given, jax.tree.leaves(tree))
+        trees[field] = jax.tree.map(jnp.array, tree)
+    count = jnp.asarray(count, jnp.int32)
+    return RMSPropState(count, trees["nu"], trees.get("mu"), trees.get("trace"))
+
+
+def lists(state, from_params):
+    """Return the buffers of a state as {field: list}, `nu` as the others keep it."""
+    if not isinstance(state, RMSPropState):
+        raise ValueError(
+            f"state must be an RMSPropState, got {type(state).__name__}. In the state "
+            "of a chain, it is one of the elements."
+        )
+    buffers = jax.tree_util.tree_map_with_path(
+        lambda path, x: array(f"state{jax.tree_util.keystr(path)}", x),
+        state._replace(count=None),
+    )
+    if buffers.mu is not None:
+        nu = jax.tree.map(second_moment, buffers.nu, buffers.mu)
+        buffers = buffers._replace(nu=jax.tree.map(np.asarray, nu))
+    lists = {}
+    for field, tree in buffers._asdict().items():
+        if tree is None:
+            continue
+        lists[field] = list(from_params(tree))
+        _unchanged("from_params", jax.tree.leaves(tree), lists[field])
+    return lists
+
+
+def _unchanged(name, given, returned):
+    """Refuse an arrangement that lost, doubled or changed elements."""
+    returned = [array(f"{name}(...)[{i}]", x) for i, x in enumerate(returned)]
+    before, after = (
+        np.sort(np.concatenate([np.ravel(x) for x in arrays] or [[]]))
+        for arrays in (given, returned)
+    )
+    if before.dtype != after.dtype or not np.array_equal(before, after):
+        raise ValueError(
+            f"{name} must return every element once and unchanged: it was given "
+            f"{before.size} elements of {before.dtype} as {[x.shape for x in given]}, "
+            f"and returned {after.size} of {after.dtype} as "
+            f"{[x.shape for x in returned]}. It may transpose, reshape, split and join."
+        )
+
+
+def variance(v, mu):
+    """Return v - |mu|^2, at least 0; by parts where v is complex."""
+    if np.iscomplexobj(v):
+        return variance(v.real, mu.real) + 1j * variance(v.imag, mu.imag)
+    return (v - _square(mu)).clip(0)
+
+
+def second_moment(nu, mu):
+    """Return nu + |mu|^2; by parts where nu is complex."""
+    if np.iscomplexobj(nu):
+        return second_moment(nu.real, mu.real) + 1j * second_moment(nu.imag, mu.imag)
+    return nu + _square(mu)
+
+
+def like(at, x, other):
+    """Return x with the dtype of another leaf, which must have its shape."""
+    if x.dtype != other.dtype:
+        check(at.replace("state", "like", 1), other)
+    if x.dtype != jnp.int32:
+        check(at, x)
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{at} must have shape {other.shape} as in like, got {x.shape}. Make like "
+            "with the same parameters."
+        )
+    return x.astype(other.dtype)
+
+
+def _square(x):
+    return (x * x.conj()).real

@@ -1,0 +1,509 @@
+"""Optimizer state in from and out to PyTorch, Keras, TensorFlow 1 and Optax.
+
+Plain dicts and arrays go in and come out; no framework is imported and nothing is
+unpickled. The parameters are yours to port, and so is their order: `to_params` takes a
+list of NumPy arrays like the parameters, in the order of the other optimizer, and
+returns them as the tree of the JAX model; `from_params` does the reverse. They are
+called once for each buffer. They may move elements but not change them, which is
+checked.
+
+The numbers are the same but for two: a centered `nu` is E|g|^2 elsewhere, and
+E|g|^2 - |mu|^2 here; Optax's momentum buffer has the opposite sign.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rmsprop_jax import arrange, presets
+from rmsprop_jax.transform import PyTree, RMSPropState
+
+ToParams = Callable[[list[np.ndarray]], PyTree]
+FromParams = Callable[[PyTree], Sequence[Any]]
+Preset = Callable[..., optax.GradientTransformationExtraArgs]
+
+TORCH = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
+# In the order in which Keras saves them.
+KERAS = {"nu": "velocity", "trace": "momentum", "mu": "average_gradient"}
+TF1 = {"nu": "rms", "mu": "mg", "trace": "momentum"}
+
+
+def from_torch(
+    state_dict: Mapping[str, Any],
+    to_params: ToParams,
+    *,
+    lr: optax.ScalarOrSchedule | None = None,
+    preset: Preset = presets.torch,
+) -> tuple[optax.GradientTransformationExtraArgs, RMSPropState]:
+    """Go on here with a run of `torch.optim.RMSprop`.
+
+    Args:
+      state_dict: what `optimizer.state_dict()` returned.
+      to_params: arranges a list of arrays as the tree of parameters.
+      lr: learning rate, or a schedule, which goes on at the step that the run had
+        reached; None for that of the parameter group. Needed after a torch scheduler.
+      preset: `presets.timm` or `presets.sb3` for a run of theirs.
+
+    Returns:
+      The transformation, with the numbers of the parameter group, and its state. Its
+      count is the largest step of any parameter.
+
+    Raises:
+      ValueError: if an entry is missing, extra, misshapen, not finite, or not of 32 or
+        64 bits; if parameter groups differ. The message names the entry and the fix.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import interop
+      >>> buffers = dict(step=3.0, square_avg=np.ones((2, 3), "float32"))
+      >>> group = dict(lr=0.01, alpha=0.9, eps=1e-8, weight_decay=0, momentum=0)
+      >>> group |= dict(centered=False, params=[0])
+      >>> saved = dict(state={0: buffers}, param_groups=[group])
+      >>> optimizer, state = interop.from_torch(saved, lambda x: {"kernel": x[0].T})
+      >>> print(state.count, state.nu["kernel"].shape)
+      3 (3, 2)
+
+    References:
+      PyTorch 2.13, torch/optim/rmsprop.py; the same names in timm and
+      Stable-Baselines3.
+    """
+    groups = arrange.entry(state_dict, "state_dict", "param_groups")
+    rows = arrange.entry(state_dict, "state_dict", "state")
+    numbers = _numbers(groups, lr, preset)
+    ids = [i for group in groups for i in group["params"]]
+    at = "state_dict['state']"
+    arrange.expect(rows, at, ids, "Has every parameter had a gradient?")
+    names = _used(TORCH, numbers["centered"], numbers["momentum"])
+    for i in ids:
+        fix = "centered and momentum of the parameter group say which."
+        arrange.expect(rows[i], f"{at}[{i!r}]", ["step", *names.values()], fix)
+    buffers = {
+        field: {f"{at}[{i!r}][{name!r}]": rows[i][name] for i in ids}
+        for field, name in names.items()
+    }
+    steps = [arrange.steps(f"{at}[{i!r}]['step']", rows[i]["step"]) for i in ids]
+    state = arrange.state(max(steps), buffers, to_params)
+    return preset(**numbers), state
+
+
+def to_torch(
+    state: RMSPropState,
+    from_params: FromParams,
+    *,
+    preset: Preset = presets.torch,
+    **hyperparameters: Any,
+) -> dict[str, Any]:
+    """Go on in `torch.optim.RMSprop` with a run of `presets.torch`.
+
+    Args:
+      state: state of `presets.torch`, or of another `preset`.
+      from_params: arranges the tree of parameters as a list in the order of the torch
+        optimizer, of torch tensors if the result is for `load_state_dict`.
+      preset: the preset that made the state.
+      **hyperparameters: arguments of the preset, numbers all; lr is the current one.
+
+    Returns:
+      A dict that `optimizer.load_state_dict` accepts, with one parameter group.
+
+    Raises:
+      ValueError: if momentum or centered are not those of the state, or a leaf is not
+        finite or not of 32 or 64 bits, or `from_params` changed elements.
+      TypeError: if a hyperparameter is unknown to the preset.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import interop, presets
+      >>> state = presets.torch(lr=0.01).init({"kernel": jnp.ones((3, 2))})
+      >>> saved = interop.to_torch(state, lambda p: [p["kernel"].T], lr=0.01)
+      >>> print(saved["state"][0]["square_avg"].shape, saved["param_groups"][0]["lr"])
+      (2, 3) 0.01
+
+    References:
+      PyTorch 2.13, torch/optim/rmsprop.py.
+    """
+    call = inspect.signature(preset).bind(**hyperparameters)
+    call.apply_defaults()
+    group = {k: x for k, x in call.arguments.items() if not k.endswith("_dtype")}
+    if callable(group["lr"]):
+        raise ValueError("lr must be the current number, got a schedule. Call it.")
+    group = {k: x if isinstance(x, bool) else float(x) for k, x in group.items()}
+    lists = arrange.lists(state, from_params)
+    if set(lists) != set(_used(TORCH, group["centered"], group["momentum"])):
+        raise ValueError(
+            f"centered={group['centered']} and momentum={group['momentum']} do not fit "
+            f"a state with {', '.join(lists)}. Pass the numbers of the run."
+        )
+    rows = {
+        i: {"step": float(state.count)} | {TORCH[k]: x[i] for k, x in lists.items()}
+        for i in range(len(lists["nu"]))
+    }
+    return {"state": rows, "param_groups": [group | {"params": list(rows)}]}
+
+
+def from_keras(
+    variables: Mapping[str, Any] | Sequence[Any],
+    config: Mapping[str, Any],
+    to_params: ToParams,
+    *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+) -> tuple[optax.GradientTransformationExtraArgs, RMSPropState]:
+    """Go on here with a run of `keras.optimizers.RMSprop`.
+
+    Args:
+      variables: what `optimizer.save_own_variables` stored, as the group
+        optimizer/vars of a saved file; or `optimizer.variables` themselves.
+      config: what `optimizer.get_config()` returned.
+      to_params: arranges a list of arrays as the tree of parameters.
+      learning_rate: number or schedule in place of that of `config`; needed where that
+        is a Keras schedule.
+
+    Returns:
+      The transformation, with the numbers of `config`, and its state.
+
+    Raises:
+      ValueError: as `from_torch`; if `config` asks for clipping, averaging or
+        accumulation, which Optax has.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import interop
+      >>> variables = [3, 0.01, np.ones((2, 3), "float32")]
+      >>> config = dict(learning_rate=0.01, rho=0.9, momentum=0.0, epsilon=1e-7)
+      >>> config |= dict(centered=False, weight_decay=None)
+      >>> optimizer, state = interop.from_keras(
+      ...     variables, config, lambda x: {"kernel": x[0]}
+      ... )
+      >>> print(state.count, state.nu["kernel"].shape)
+      3 (2, 3)
+
+    References:
+      Keras 3.15, keras/src/optimizers/rmsprop.py and base_optimizer.py: iteration,
+      learning_rate unless scheduled, then velocity, momentum and average_gradient.
+    """
+    extras = ("clipnorm", "clipvalue", "global_clipnorm", "use_ema")
+    for name in (*extras, "loss_scale_factor", "gradient_accumulation_steps"):
+        if config.get(name):
+            raise ValueError(
+                f"config[{name!r}] must be off, got {config[name]}: it is no part of "
+                "RMSProp. Optax has the like of it to chain; pass config without it."
+            )
+    numbers = {
+        name: arrange.entry(config, "config", name)
+        for name in ("learning_rate", "rho", "momentum", "epsilon", "centered")
+    }
+    scheduled = not isinstance(numbers["learning_rate"], int | float)
+    if learning_rate is not None:
+        numbers["learning_rate"] = learning_rate
+    elif scheduled:
+        raise ValueError(
+            "config['learning_rate'] is a Keras schedule. Pass learning_rate, the "
+            "Optax schedule or the number to go on with."
+        )
+    names = _used(KERAS, numbers["centered"], numbers["momentum"])
+    head = 1 if scheduled else 2
+    size, rest = divmod(len(variables) - head, len(names))
+    if size < 1 or rest:
+        raise ValueError(
+            f"variables must be {head}, then {', '.join(names.values())} of each "
+            f"parameter, got {len(variables)} in all. Is config of the same optimizer?"
+        )
+    starts = range(head, len(variables), size)
+    if isinstance(variables, Mapping):
+        keys = map(str, range(len(variables)))
+        variables = [arrange.entry(variables, "variables", key) for key in keys]
+    buffers = {
+        field: {
+            f"variables['{i}'] ({name})": variables[i] for i in range(at, at + size)
+        }
+        for at, (field, name) in zip(starts, names.items(), strict=True)
+    }
+    steps = arrange.steps("variables['0'] (iteration)", variables[0])
+    state = arrange.state(steps, buffers, to_params)
+    return presets.keras(**numbers, weight_decay=config.get("weight_decay")), state
+
+
+def to_keras(
+    state: RMSPropState, from_params: FromParams, *, learning_rate: float | None
+) -> dict[str, np.ndarray]:
+    """Go on in `keras.optimizers.RMSprop` with a run of `presets.keras`.
+
+    Args:
+      state: state of `presets.keras`.
+      from_params: arranges the tree of parameters as a list of arrays in the order of
+        the Keras variables.
+      learning_rate: current number; None if the Keras optimizer has a schedule.
+
+    Returns:
+      A dict that `load_own_variables` of a built Keras optimizer accepts, which must
+      have `momentum` and `centered` as the run had.
+
+    Raises:
+      ValueError: as `to_torch`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import interop, presets
+      >>> state = presets.keras().init({"kernel": jnp.ones((2, 3))})
+      >>> saved = interop.to_keras(state, lambda p: [p["kernel"]], learning_rate=0.01)
+      >>> print(list(saved), saved["2"].shape)
+      ['0', '1', '2'] (2, 3)
+
+    References:
+      Keras 3.15, keras/src/optimizers/base_optimizer.py.
+    """
+    lists = arrange.lists(state, from_params)
+    head = [np.asarray(state.count)]
+    if learning_rate is not None:
+        head.append(np.asarray(learning_rate, "float32"))
+    variables = [*head, *(x for field in KERAS for x in lists.get(field, []))]
+    return {str(i): x for i, x in enumerate(variables)}
+
+
+def from_tf1(
+    slots: Mapping[str, Sequence[Any]], to_params: ToParams, *, count: int = 0
+) -> RMSPropState:
+    """Go on here with a run of `tf.compat.v1.train.RMSPropOptimizer`.
+
+    Args:
+      slots: lists of arrays under "rms", "mg" if centered, and "momentum", which is to
+        be left out if momentum was 0. tf_keras's legacy RMSprop has the same.
+      to_params: arranges a list of arrays as the tree of parameters.
+      count: steps taken; the slots do not hold it.
+
+    Returns:
+      A state for `presets.tf1` (or `presets.keras_legacy`) with the numbers of the run.
+
+    Raises:
+      ValueError: as `from_torch`.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import interop
+      >>> slots = {"rms": [np.ones((2, 3), "float32")]}
+      >>> print(interop.from_tf1(slots, lambda x: {"kernel": x[0]}).nu["kernel"].shape)
+      (2, 3)
+
+    References:
+      TensorFlow 2.21, tensorflow/python/training/rmsprop.py.
+    """
+    names = _used(TF1, "mg" in slots, "momentum" in slots)
+    fix = "Leave out momentum if it was 0."
+    arrange.expect(slots, "slots", list(names.values()), fix)
+    buffers = {
+        field: {f"slots[{name!r}][{i}]": x for i, x in enumerate(slots[name])}
+        for field, name in names.items()
+    }
+    return arrange.state(arrange.steps("count", count), buffers, to_params)
+
+
+def to_tf1(state: RMSPropState, from_params: FromParams) -> dict[str, list[np.ndarray]]:
+    """Go on in `tf.compat.v1.train.RMSPropOptimizer` with a run of `presets.tf1`.
+
+    Args:
+      state: state of `presets.tf1`.
+      from_params: arranges the tree of parameters as a list of arrays.
+
+    Returns:
+      Lists of arrays under "rms", "momentum" (zeros if momentum is off: TensorFlow has
+      the slot all the same) and, if centered, "mg".
+
+    Raises:
+      ValueError: as `to_torch`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import interop, presets
+      >>> state = presets.tf1(0.1).init({"kernel": jnp.ones((2, 3))})
+      >>> print(list(interop.to_tf1(state, lambda p: [p["kernel"]])))
+      ['rms', 'momentum']
+
+    References:
+      TensorFlow 2.21, tensorflow/python/training/rmsprop.py.
+    """
+    lists = arrange.lists(state, from_params)
+    lists.setdefault("trace", [np.zeros_like(x) for x in lists["nu"]])
+    return {TF1[field]: x for field, x in lists.items()}
+
+
+def from_optax(opt_state: Any, *, count: int = 0) -> Any:
+    """Go on here with a run of `optax.rmsprop`.
+
+    Args:
+      opt_state: state of `optax.rmsprop`, or of anything around it, such as a chain.
+      count: steps taken, where the state does not hold it: without a schedule.
+
+    Returns:
+      An RMSPropState; or the state around it, with an RMSPropState in the place of each
+      state of `optax.rmsprop`, `optax.scale_by_rms` or `optax.scale_by_stddev`. It is
+      for `rmsprop` or `scale_by_rms` with the same arguments.
+
+    Raises:
+      ValueError: if there is no such state; if a leaf is not finite or not of 32 or 64
+        bits; if it is centered with bias_correction, which `rmsprop` refuses.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from rmsprop_jax import interop
+      >>> old = optax.chain(optax.clip(1.0), optax.rmsprop(0.1, momentum=0.9))
+      >>> clip, state = interop.from_optax(old.init(jnp.ones(2)), count=100)
+      >>> print(state.count, state.nu)
+      100 [0. 0.]
+
+    References:
+      Optax 0.2.8, optax/_src/alias.py and optax/_src/transform.py.
+    """
+    found = []
+
+    def convert(path, x):
+        if not _is_optax(x):
+            return x
+        found.append(path)
+        at = f"opt_state{jax.tree_util.keystr(path)}"
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(x):
+            if keys[-1] != jax.tree_util.GetAttrKey("count"):
+                arrange.check(f"{at}{jax.tree_util.keystr(keys)}", leaf)
+        fields = {k: part for state in _parts(x) for k, part in state._asdict().items()}
+        nu, mu = jax.tree.map(jnp.real, fields["nu"]), fields.get("mu")
+        if mu is not None:
+            if "count" in _parts(x)[0]._fields:
+                raise ValueError(
+                    f"{at} is centered with bias_correction, which rmsprop refuses. "
+                    "Start anew without one of the two."
+                )
+            nu = jax.tree.map(arrange.variance, nu, mu)
+        trace = fields.get("trace")
+        if trace is not None:
+            trace = jax.tree.map(jnp.negative, trace)
+        steps = fields.get("count", arrange.steps("count", count))
+        return RMSPropState(jnp.asarray(steps, jnp.int32), nu, mu, trace)
+
+    state = jax.tree_util.tree_map_with_path(convert, opt_state, is_leaf=_is_optax)
+    if not found:
+        raise ValueError(
+            "opt_state must hold a state of optax.rmsprop, got "
+            f"{jax.tree.structure(opt_state)}. Restore a checkpoint into what Optax's "
+            "init returns."
+        )
+    return state
+
+
+def to_optax(state: Any, like: Any) -> Any:
+    """Go on in `optax.rmsprop` with a run of `rmsprop`.
+
+    Args:
+      state: RMSPropState of `rmsprop`, or a state around it, as `from_optax` returns.
+      like: what `init` of the Optax transformation returns; its values are not used.
+
+    Returns:
+      A state with the structure and the dtypes of `like`.
+
+    Raises:
+      ValueError: if the two do not fit; if `like` is of half precision.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from rmsprop_jax import interop, rmsprop
+      >>> state = rmsprop(0.1, initial_scale=1.0).init(jnp.ones(2))
+      >>> print(interop.to_optax(state, optax.rmsprop(0.1).init(jnp.ones(2)))[0].nu)
+      [1. 1.]
+
+    References:
+      Optax 0.2.8, optax/_src/alias.py and optax/_src/transform.py.
+    """
+
+    def convert(path, old, new):
+        if not _is_optax(old):
+            return new
+        at = f"state{jax.tree_util.keystr(path)}"
+        wanted = {name for part in _parts(old) for name in part._fields} | {"count"}
+        given = {k for k, x in getattr(new, "_asdict", dict)().items() if x is not None}
+        if given | {"count"} != wanted:
+            raise ValueError(
+                f"{at} must be an RMSPropState with {sorted(wanted)} as like has, got "
+                f"{sorted(given)}. Make like with the options of the run."
+            )
+        fields = new._asdict()
+        if new.mu is not None:
+            fields["nu"] = jax.tree.map(arrange.second_moment, new.nu, new.mu)
+        if new.trace is not None:
+            fields["trace"] = jax.tree.map(jnp.negative, new.trace)
+        filled = [
+            part._replace(**{name: fields[name] for name in part._fields})
+            for part in _parts(old)
+        ]
+        filled = tuple(filled) if type(old) is tuple else filled[0]
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, x, y: arrange.like(f"{at}{jax.tree_util.keystr(keys)}", x, y),
+            filled,
+            old,
+        )
+
+    return jax.tree_util.tree_map_with_path(convert, like, state, is_leaf=_is_optax)
+
+
+def _numbers(groups, lr, preset):
+    """Return the arguments of the preset that all parameter groups agree on."""
+    known = set(inspect.signature(preset).parameters) - {"nu_dtype", "momentum_dtype"}
+    needed = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "params")
+    # Entries that do not change what a step computes.
+    ignored = {"params", "param_names", "foreach", "capturable", "differentiable"}
+    ignored |= {"initial_lr", "max_lr_snapshot"}
+    found = []
+    for k, group in enumerate(groups):
+        at = f"param_groups[{k}]"
+        for name in needed:
+            arrange.entry(group, at, name)
+        unknown = {n: x for n, x in group.items() if n not in known | ignored and x}
+        if unknown:
+            raise ValueError(
+                f"{at} has {unknown}, which presets.{preset.__name__} does not have. "
+                "Is it of another optimizer? See the argument preset."
+            )
+        if lr is None and "initial_lr" in group:
+            raise ValueError(
+                f"{at} was driven by a scheduler, for it has initial_lr. Pass lr, the "
+                "Optax schedule or the number to go on with."
+            )
+        numbers = {n: group[n] for n in known & set(group)}
+        numbers = {n: x if type(x) is bool else float(x) for n, x in numbers.items()}
+        found.append(numbers if lr is None else numbers | {"lr": lr})
+        for name, x in found[0].items():
+            other = found[k].get(name)
+            if other != x:
+                raise ValueError(
+                    f"{at} has {name}={other}, but param_groups[0] has {x}: one "
+                    "transformation has one of each. Convert each group alone, from "
+                    "dict(state={i: state_dict['state'][i] for i in group['params']}, "
+                    "param_groups=[group]), and join them with optax.partition."
+                )
+    if not found:
+        raise ValueError("state_dict['param_groups'] must have a group, got none.")
+    return found[0]
+
+
+def _used(names, centered, momentum):
+    """Return the names of the buffers that there are."""
+    has = {"nu": True, "mu": bool(centered), "trace": bool(momentum)}
+    return {field: name for field, name in names.items() if has[field]}
+
+
+def _parts(x):
+    """Return the parts of an Optax state: one, or those of a chain."""
+    return x if type(x) is tuple else (x,)
+
+
+def _is_optax(x):
+    """Say whether this is a state of optax.rmsprop, or of its first part alone."""
+    scale, *rest = _parts(x) or (x,)
+    name = type(scale).__name__.removesuffix("State").removesuffix("WithCount")
+    others = optax.EmptyState, optax.ScaleByScheduleState, optax.TraceState
+    return (
+        name in ("ScaleByRms", "ScaleByRStdDev")
+        and len(rest) in (0, 2)
+        and all(isinstance(part, others) for part in rest)
+    )

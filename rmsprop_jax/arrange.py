@@ -66,7 +66,7 @@ def array(at, x):
     if hasattr(x, "detach"):
         x = x.detach().cpu()
     check(at, x)
-    return np.array(x)
+    return np.array(np.asarray(x))
 
 
 def state(count, buffers, to_params):
@@ -149,6 +149,17 @@ def second_moment(nu, mu):
     if np.iscomplexobj(nu):
         return second_moment(nu.real, mu.real) + 1j * second_moment(nu.imag, mu.imag)
     return nu + _square(mu)
+
+
+def fits(at, tree, structure):
+    """Refuse a tree of another structure than that of `like`."""
+    try:
+        structure.flatten_up_to(jax.tree.map(np.shape, tree))
+    except ValueError as error:
+        raise ValueError(
+            f"{at} must have the structure of like. {error} Make like with the same "
+            "parameters, and the Optax of the same program."
+        ) from None
 
 
 def like(at, x, other):

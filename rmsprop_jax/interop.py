@@ -357,16 +357,17 @@ def from_optax(opt_state: Any, *, count: int = 0) -> Any:
     References:
       Optax 0.2.8, optax/_src/alias.py and optax/_src/transform.py.
     """
-    found = []
+    _has_optax("opt_state", opt_state)
 
     def convert(path, x):
         if not _is_optax(x):
             return x
-        found.append(path)
         at = f"opt_state{jax.tree_util.keystr(path)}"
         for keys, leaf in jax.tree_util.tree_leaves_with_path(x):
             if keys[-1] != jax.tree_util.GetAttrKey("count"):
                 arrange.check(f"{at}{jax.tree_util.keystr(keys)}", leaf)
+        # A restored state may be of NumPy arrays, which jax would share.
+        x = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jnp.array(a), x)
         fields = {k: part for state in _parts(x) for k, part in state._asdict().items()}
         nu, mu = jax.tree.map(jnp.real, fields["nu"]), fields.get("mu")
         if mu is not None:
@@ -382,14 +383,7 @@ def from_optax(opt_state: Any, *, count: int = 0) -> Any:
         steps = fields.get("count", arrange.steps("count", count))
         return RMSPropState(jnp.asarray(steps, jnp.int32), nu, mu, trace)
 
-    state = jax.tree_util.tree_map_with_path(convert, opt_state, is_leaf=_is_optax)
-    if not found:
-        raise ValueError(
-            "opt_state must hold a state of optax.rmsprop, got "
-            f"{jax.tree.structure(opt_state)}. Restore a checkpoint into what Optax's "
-            "init returns."
-        )
-    return state
+    return jax.tree_util.tree_map_with_path(convert, opt_state, is_leaf=_is_optax)
 
 
 def to_optax(state: Any, like: Any) -> Any:
@@ -415,6 +409,8 @@ def to_optax(state: Any, like: Any) -> Any:
     References:
       Optax 0.2.8, optax/_src/alias.py and optax/_src/transform.py.
     """
+    _has_optax("like", like)
+    arrange.fits("state", state, jax.tree.structure(like, is_leaf=_is_optax))
 
     def convert(path, old, new):
         if not _is_optax(old):
@@ -437,6 +433,7 @@ def to_optax(state: Any, like: Any) -> Any:
             for part in _parts(old)
         ]
         filled = tuple(filled) if type(old) is tuple else filled[0]
+        arrange.fits(at, filled, jax.tree.structure(old))
         return jax.tree_util.tree_map_with_path(
             lambda keys, x, y: arrange.like(f"{at}{jax.tree_util.keystr(keys)}", x, y),
             filled,
@@ -492,18 +489,27 @@ def _used(names, centered, momentum):
     return {field: name for field, name in names.items() if has[field]}
 
 
-def _parts(x):
-    """Return the parts of an Optax state: one, or those of a chain."""
-    return x if type(x) is tuple else (x,)
+def _parts(x) -> Any:
+    """Return the parts of an Optax state: the three of optax.rmsprop, or one."""
+    return x if type(x) is tuple and len(x) == 3 else (x,)
 
 
 def _is_optax(x):
     """Say whether this is a state of optax.rmsprop, or of its first part alone."""
-    scale, *rest = _parts(x) or (x,)
+    scale, *rest = _parts(x)
     name = type(scale).__name__.removesuffix("State").removesuffix("WithCount")
-    others = optax.EmptyState, optax.ScaleByScheduleState, optax.TraceState
-    return (
-        name in ("ScaleByRms", "ScaleByRStdDev")
-        and len(rest) in (0, 2)
-        and all(isinstance(part, others) for part in rest)
+    kinds = (
+        (optax.EmptyState, optax.ScaleByScheduleState),
+        (optax.EmptyState, optax.TraceState),
     )
+    return name in ("ScaleByRms", "ScaleByRStdDev") and all(
+        map(isinstance, rest, kinds)
+    )
+
+
+def _has_optax(at, tree):
+    if not any(map(_is_optax, jax.tree.leaves(tree, is_leaf=_is_optax))):
+        raise ValueError(
+            f"{at} must hold a state of optax.rmsprop, got {jax.tree.structure(tree)}. "
+            "Restore a checkpoint into what Optax's init returns."
+        )

@@ -398,6 +398,10 @@ def _by_parts(inner, maximize):
         return state._replace(nu=nu)
 
     def update(updates, state, params=None, **extra_args):
+        given = updates, state, params
+        if not (maximize or any(map(np.iscomplexobj, jax.tree.leaves(given)))):
+            return inner.update(*given, **extra_args)
+        _check(updates, state)
         grads = updates
         if maximize:
             grads = jax.tree.map(lambda g: g if checks.absent(g) else -g, grads)
@@ -405,6 +409,17 @@ def _by_parts(inner, maximize):
         return jax.tree.map(_unsplit, (updates, state), new)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(updates, state):
+    """Refuse gradients that do not fit the state before they are taken apart."""
+    if not hasattr(state, "nu"):
+        return
+    tree = jax.tree.structure(state.nu)
+    grads = checks.leaves("updates", updates, tree)
+    for i, (g, nu) in enumerate(zip(grads, jax.tree.leaves(state.nu), strict=True)):
+        if not checks.absent(g):
+            checks.gradient(g, None, nu, nu, None, False, tree, i)
 
 
 def _split(x):

@@ -33,7 +33,7 @@ def expect(mapping, at, names, fix):
 
 def steps(at, count):
     """Return a number of steps as an int."""
-    number = float(count)
+    number = float(np.asarray(_on_host(count)))
     if not (0 <= number < 2**31 and number == int(number)):
         raise ValueError(f"{at} must be an integer in [0, 2^31), got {number}.")
     return int(number)
@@ -63,10 +63,14 @@ def check(at, x):
 
 def array(at, x):
     """Return a NumPy copy, which nobody else holds, of an array of any framework."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
+    x = _on_host(x)
     check(at, x)
     return np.array(np.asarray(x))
+
+
+def _on_host(x):
+    """Return a PyTorch tensor as NumPy can read it, and others as they are."""
+    return x.detach().cpu() if hasattr(x, "detach") else x
 
 
 def state(count, buffers, to_params):
@@ -91,7 +95,7 @@ def state(count, buffers, to_params):
         arrays["nu"] = [np.asarray(variance(v, mu)) for v, mu in pairs]
     trees = {}
     for field, given in arrays.items():
-        tree = to_params(list(given))
+        tree = to_params([x.copy() for x in given])
         _unchanged("to_params", given, jax.tree.leaves(tree))
         trees[field] = jax.tree.map(jnp.array, tree)
     count = jnp.asarray(count, jnp.int32)
@@ -116,7 +120,7 @@ def lists(state, from_params):
     for field, tree in buffers._asdict().items():
         if tree is None:
             continue
-        lists[field] = list(from_params(tree))
+        lists[field] = list(from_params(jax.tree.map(np.copy, tree)))
         _unchanged("from_params", jax.tree.leaves(tree), lists[field])
     return lists
 
@@ -124,17 +128,24 @@ def lists(state, from_params):
 def _unchanged(name, given, returned):
     """Refuse an arrangement that lost, doubled or changed elements."""
     returned = [array(f"{name}(...)[{i}]", x) for i, x in enumerate(returned)]
-    before, after = (
-        np.sort(np.concatenate([np.ravel(x) for x in arrays] or [[]]))
-        for arrays in (given, returned)
-    )
-    if before.dtype != after.dtype or not np.array_equal(before, after):
+    if _elements(given) != _elements(returned):
+        before, after = (
+            f"{sum(x.size for x in xs)} of {', '.join({str(x.dtype) for x in xs})} as "
+            f"{[x.shape for x in xs]}"
+            for xs in (given, returned)
+        )
         raise ValueError(
             f"{name} must return every element once and unchanged: it was given "
-            f"{before.size} elements of {before.dtype} as {[x.shape for x in given]}, "
-            f"and returned {after.size} of {after.dtype} as "
-            f"{[x.shape for x in returned]}. It may transpose, reshape, split and join."
+            f"{before}, and returned {after}. It may transpose, reshape, split, join."
         )
+
+
+def _elements(arrays):
+    """Return the elements of each dtype in a form that forgets their places."""
+    kinds = {}
+    for x in arrays:
+        kinds.setdefault(x.dtype.name, []).append(np.ravel(x))
+    return {k: np.sort(np.concatenate(x)).tobytes() for k, x in kinds.items()}
 
 
 def variance(v, mu):

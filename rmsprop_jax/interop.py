@@ -185,6 +185,10 @@ def from_keras(
       Keras 3.15, keras/src/optimizers/rmsprop.py and base_optimizer.py: iteration,
       learning_rate unless scheduled, then velocity, momentum and average_gradient.
     """
+    numbers = {
+        name: arrange.entry(config, "config", name)
+        for name in ("learning_rate", "rho", "momentum", "epsilon", "centered")
+    }
     extras = ("clipnorm", "clipvalue", "global_clipnorm", "use_ema")
     for name in (*extras, "loss_scale_factor", "gradient_accumulation_steps"):
         if config.get(name):
@@ -192,10 +196,6 @@ def from_keras(
                 f"config[{name!r}] must be off, got {config[name]}: it is no part of "
                 "RMSProp. Optax has the like of it to chain; pass config without it."
             )
-    numbers = {
-        name: arrange.entry(config, "config", name)
-        for name in ("learning_rate", "rho", "momentum", "epsilon", "centered")
-    }
     scheduled = not isinstance(numbers["learning_rate"], int | float)
     if learning_rate is not None:
         numbers["learning_rate"] = learning_rate
@@ -291,6 +291,7 @@ def from_tf1(
     References:
       TensorFlow 2.21, tensorflow/python/training/rmsprop.py.
     """
+    arrange.entry(slots, "slots", "rms")
     names = _used(TF1, "mg" in slots, "momentum" in slots)
     fix = "Leave out momentum if it was 0."
     arrange.expect(slots, "slots", list(names.values()), fix)
@@ -447,19 +448,24 @@ def _numbers(groups, lr, preset):
     """Return the arguments of the preset that all parameter groups agree on."""
     known = set(inspect.signature(preset).parameters) - {"nu_dtype", "momentum_dtype"}
     needed = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "params")
-    # Entries that do not change what a step computes.
-    ignored = {"params", "param_names", "foreach", "capturable", "differentiable"}
-    ignored |= {"initial_lr", "max_lr_snapshot"}
+    execution = {"foreach", "capturable", "differentiable"}
     found = []
     for k, group in enumerate(groups):
         at = f"param_groups[{k}]"
         for name in needed:
             arrange.entry(group, at, name)
-        unknown = {n: x for n, x in group.items() if n not in known | ignored and x}
-        if unknown:
+        # Schedulers leave numbers in a group; what is True changes the step.
+        flags = {n for n, x in group.items() if x is True} - known - execution
+        if flags:
             raise ValueError(
-                f"{at} has {unknown}, which presets.{preset.__name__} does not have. "
-                "Is it of another optimizer? See the argument preset."
+                f"{at} has {', '.join(sorted(flags))} on, which {preset.__name__} does "
+                "not do. Is it of another optimizer? See the argument preset."
+            )
+        if "base_momentum" in group:
+            raise ValueError(
+                f"{at} has base_momentum: its scheduler drives the momentum too, which "
+                "is constant here. Leave the entry out to go on with momentum="
+                f"{group['momentum']}."
             )
         if lr is None and "initial_lr" in group:
             raise ValueError(
@@ -469,17 +475,17 @@ def _numbers(groups, lr, preset):
         numbers = {n: group[n] for n in known & set(group)}
         numbers = {n: x if type(x) is bool else float(x) for n, x in numbers.items()}
         found.append(numbers if lr is None else numbers | {"lr": lr})
-        for name, x in found[0].items():
-            other = found[k].get(name)
-            if other != x:
+        for name in found[0] | found[k]:
+            one, other = found[0].get(name), found[k].get(name)
+            if one != other:
                 raise ValueError(
-                    f"{at} has {name}={other}, but param_groups[0] has {x}: one "
+                    f"{at} has {name}={other}, but param_groups[0] has {one}: one "
                     "transformation has one of each. Convert each group alone, from "
                     "dict(state={i: state_dict['state'][i] for i in group['params']}, "
                     "param_groups=[group]), and join them with optax.partition."
                 )
-    if not found:
-        raise ValueError("state_dict['param_groups'] must have a group, got none.")
+    if not any(group["params"] for group in groups):
+        raise ValueError("state_dict['param_groups'] must have params, got none.")
     return found[0]
 
 

@@ -9,33 +9,44 @@ import numpy as np
 from rmsprop_jax.transform import RMSPropState
 
 
-def entry(mapping, at, name):
+def entry(mapping, at, name, fix=""):
     """Return an entry of a dict that must have it."""
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}.")
+        raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}. {fix}")
     if name not in mapping:
-        raise ValueError(f"{at} must have an entry {name!r}, got {list(mapping)}.")
+        raise ValueError(
+            f"{at} must have an entry {name!r}, got {_some(mapping)}. {fix}"
+        )
     return mapping[name]
 
 
 def expect(mapping, at, names, fix):
     """Refuse a dict whose keys are not these."""
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}.")
+        raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}. {fix}")
     missing = [name for name in names if name not in mapping]
     extra = [name for name in mapping if name not in set(names)]
     if missing or extra:
         raise ValueError(
-            f"{at} must have the entries {list(names)}; missing: {missing}, extra: "
-            f"{extra}. {fix}"
+            f"{at} must have the entries {_some(names)}; missing: {_some(missing)}, "
+            f"extra: {_some(extra)}. {fix}"
         )
+
+
+def _some(names):
+    """Return the names as text, the first of many."""
+    names = list(names)
+    return f"{names[:12]} and {len(names) - 12} more" if len(names) > 12 else f"{names}"
 
 
 def steps(at, count):
     """Return a number of steps as an int."""
-    number = float(np.asarray(_on_host(count)))
+    try:
+        number = float(np.asarray(_on_host(count)))
+    except (TypeError, ValueError):
+        number = np.nan
     if not (0 <= number < 2**31 and number == int(number)):
-        raise ValueError(f"{at} must be an integer in [0, 2^31), got {number}.")
+        raise ValueError(f"{at} must be an integer in [0, 2^31), got {count}.")
     return int(number)
 
 
@@ -43,15 +54,19 @@ def check(at, x):
     """Refuse an array that is not finite or not of 32 or 64 bits."""
     dtype = getattr(x, "dtype", type(x).__name__)
     dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
+    if dtype in ("float16", "bfloat16"):
+        raise ValueError(
+            f"{at} must be of 32 or 64 bits, got {dtype}. Half precision has lost "
+            "digits, and averages freeze in it: cast it to float32 if that is wanted."
+        )
     if dtype not in ("float32", "float64", "complex64", "complex128"):
         raise ValueError(
             f"{at} must be an array of float32, float64, complex64 or complex128, got "
-            f"{dtype}. Half precision has lost digits, and an average freezes in it: "
-            "cast it to float32 if that is what you want."
+            f"{dtype}."
         )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"{at} is {dtype}: turn jax.config.jax_enable_x64 on, or cast."
+            f"{at} is {dtype}: turn jax.config.jax_enable_x64 on, or cast it first."
         )
     finite = jnp.isfinite(x) if isinstance(x, jax.Array) else np.isfinite(np.asarray(x))
     if not finite.all():
@@ -77,7 +92,7 @@ def state(count, buffers, to_params):
     """Return the state with these buffers: {field: {where it came from: array}}."""
     arrays = {k: [array(at, x) for at, x in b.items()] for k, b in buffers.items()}
     for at, v in zip(buffers["nu"], arrays["nu"], strict=True):
-        if min(np.min(np.real(v), initial=0), np.min(np.imag(v), initial=0)) < 0:
+        if _largest(-v) > 0:
             raise ValueError(f"{at} must not be negative: it is an average of squares.")
     for field, buffer in buffers.items():
         labels = list(buffers["nu"])
@@ -91,6 +106,13 @@ def state(count, buffers, to_params):
                     f"{x.dtype}{list(x.shape)}."
                 )
     if "mu" in arrays:
+        for at, v, mu in zip(buffers["mu"], arrays["nu"], arrays["mu"], strict=True):
+            # Of any gradients; a thousandth is more than rounding adds up to.
+            if _largest(second_moment(-1.001 * v, mu)) > 1e-30:
+                raise ValueError(
+                    f"{at} must have squares below the average of squares, and has "
+                    "not: it is no average of the same gradients. Is it the momentum?"
+                )
         pairs = zip(arrays["nu"], arrays["mu"], strict=True)
         arrays["nu"] = [np.asarray(variance(v, mu)) for v, mu in pairs]
     trees = {}
@@ -145,7 +167,8 @@ def _elements(arrays):
     kinds = {}
     for x in arrays:
         kinds.setdefault(x.dtype.name, []).append(np.ravel(x))
-    return {k: np.sort(np.concatenate(x)).tobytes() for k, x in kinds.items()}
+    # Plus 0, as zeros of both signs are equal and keep their order.
+    return {k: (np.sort(np.concatenate(x)) + 0).tobytes() for k, x in kinds.items()}
 
 
 def variance(v, mu):
@@ -185,6 +208,11 @@ def like(at, x, other):
             "with the same parameters."
         )
     return x.astype(other.dtype)
+
+
+def _largest(x):
+    """Return the largest real or imaginary part above 0, or 0."""
+    return max(np.max(np.real(x), initial=0), np.max(np.imag(x), initial=0))
 
 
 def _square(x):

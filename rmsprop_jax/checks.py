@@ -137,6 +137,8 @@ def leaves(name, values, tree):
         known = [_path(tree, i) for i in range(tree.num_leaves)]
         missing = ", ".join(x for x in known if x not in found) or "nothing"
         extra = ", ".join(x for x in found if x not in known) or "nothing"
+        if missing == extra == "nothing":
+            missing += " (but the containers are of other types)"
         raise ValueError(
             f"{name} must have the tree structure that init was given; missing: "
             f"{missing}; extra: {extra}. {error}"

@@ -4,8 +4,9 @@ Plain dicts and arrays go in and come out; no framework is imported and nothing 
 unpickled. The parameters are yours to port, and so is their order: `to_params` takes a
 list of NumPy arrays like the parameters, in the order of the other optimizer, and
 returns them as the tree of the JAX model; `from_params` does the reverse. They are
-called once for each buffer. They may move elements but not change them, which is
-checked.
+called once for each buffer. That they lose and change nothing is checked. What cannot
+be seen is a wrong place: equal shapes exchanged, a square matrix not transposed. So use
+the function with which you port the parameters, and compare the loss before and after.
 
 The numbers are the same but for two: a centered `nu` is E|g|^2 elsewhere, and
 E|g|^2 - |mu|^2 here; Optax's momentum buffer has the opposite sign.
@@ -38,7 +39,7 @@ def from_torch(
     to_params: ToParams,
     *,
     lr: optax.ScalarOrSchedule | None = None,
-    preset: Preset = presets.torch,
+    preset: Preset | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, RMSPropState]:
     """Go on here with a run of `torch.optim.RMSprop`.
 
@@ -47,7 +48,8 @@ def from_torch(
       to_params: arranges a list of arrays as the tree of parameters.
       lr: learning rate, or a schedule, which goes on at the step that the run had
         reached; None for that of the parameter group. Needed after a torch scheduler.
-      preset: `presets.timm` or `presets.sb3` for a run of theirs.
+      preset: None for PyTorch's and timm's, which are told apart by their entries;
+        `presets.sb3` for Stable-Baselines3's.
 
     Returns:
       The transformation, with the numbers of the parameter group, and its state. Its
@@ -62,7 +64,7 @@ def from_torch(
       >>> from rmsprop_jax import interop
       >>> buffers = dict(step=3.0, square_avg=np.ones((2, 3), "float32"))
       >>> group = dict(lr=0.01, alpha=0.9, eps=1e-8, weight_decay=0, momentum=0)
-      >>> group |= dict(centered=False, params=[0])
+      >>> group |= dict(centered=False, maximize=False, params=[0])
       >>> saved = dict(state={0: buffers}, param_groups=[group])
       >>> optimizer, state = interop.from_torch(saved, lambda x: {"kernel": x[0].T})
       >>> print(state.count, state.nu["kernel"].shape)
@@ -72,12 +74,22 @@ def from_torch(
       PyTorch 2.13, torch/optim/rmsprop.py; the same names in timm and
       Stable-Baselines3.
     """
-    groups = arrange.entry(state_dict, "state_dict", "param_groups")
-    rows = arrange.entry(state_dict, "state_dict", "state")
+    fix = "Pass what optimizer.state_dict() returned."
+    groups = arrange.entry(state_dict, "state_dict", "param_groups", fix)
+    rows = arrange.entry(state_dict, "state_dict", "state", fix)
+    ids = []
+    for k, group in enumerate(groups):
+        ids += arrange.entry(group, f"param_groups[{k}]", "params")
+    if not ids:
+        raise ValueError("state_dict['param_groups'] must have params, got none.")
+    preset = _original(groups, preset)
     numbers = _numbers(groups, lr, preset)
-    ids = [i for group in groups for i in group["params"]]
     at = "state_dict['state']"
-    arrange.expect(rows, at, ids, "Has every parameter had a gradient?")
+    fix = (
+        "A parameter has one after its first gradient. Where there never is any, take "
+    )
+    fix += "it out of the group's params and put optax.MaskedNode() in its place."
+    arrange.expect(rows, at, ids, fix)
     names = _used(TORCH, numbers["centered"], numbers["momentum"])
     for i in ids:
         fix = "centered and momentum of the parameter group say which."
@@ -105,10 +117,14 @@ def to_torch(
       from_params: arranges the tree of parameters as a list in the order of the torch
         optimizer, of torch tensors if the result is for `load_state_dict`.
       preset: the preset that made the state.
-      **hyperparameters: arguments of the preset, numbers all; lr is the current one.
+      **hyperparameters: the arguments with which the preset was built, as numbers; lr
+        is needed, and the current one.
 
     Returns:
-      A dict that `optimizer.load_state_dict` accepts, with one parameter group.
+      A dict that `optimizer.load_state_dict` accepts, with one parameter group. Loading
+      it replaces the numbers with which the torch optimizer was built; attach a
+      scheduler after that. A momentum buffer must be without the learning rate, as in
+      `presets.torch`, not as in `rmsprop`, whose state looks the same.
 
     Raises:
       ValueError: if momentum or centered are not those of the state, or a leaf is not
@@ -129,8 +145,16 @@ def to_torch(
     call = inspect.signature(preset).bind(**hyperparameters)
     call.apply_defaults()
     group = {k: x for k, x in call.arguments.items() if not k.endswith("_dtype")}
-    if callable(group["lr"]):
-        raise ValueError("lr must be the current number, got a schedule. Call it.")
+    if "lr" not in group:
+        raise ValueError(
+            f"preset must be presets.torch, timm or sb3, got {preset.__name__}."
+        )
+    if "lr" not in hyperparameters or callable(group["lr"]):
+        got = "a schedule" if callable(group["lr"]) else "none"
+        raise ValueError(
+            f"lr must be the current number, got {got}. Call the schedule with the "
+            "count of the state."
+        )
     group = {k: x if isinstance(x, bool) else float(x) for k, x in group.items()}
     lists = arrange.lists(state, from_params)
     if set(lists) != set(_used(TORCH, group["centered"], group["momentum"])):
@@ -151,6 +175,7 @@ def from_keras(
     to_params: ToParams,
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay_mask: Any = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, RMSPropState]:
     """Go on here with a run of `keras.optimizers.RMSprop`.
 
@@ -159,8 +184,10 @@ def from_keras(
         optimizer/vars of a saved file; or `optimizer.variables` themselves.
       config: what `optimizer.get_config()` returned.
       to_params: arranges a list of arrays as the tree of parameters.
-      learning_rate: number or schedule in place of that of `config`; needed where that
-        is a Keras schedule.
+      learning_rate: number or schedule in place of that of `variables`; needed where
+        `config` has a Keras schedule.
+      weight_decay_mask: see `rmsprop`; needed after `exclude_from_weight_decay`, which
+        `config` does not hold.
 
     Returns:
       The transformation, with the numbers of `config`, and its state.
@@ -185,7 +212,7 @@ def from_keras(
       Keras 3.15, keras/src/optimizers/rmsprop.py and base_optimizer.py: iteration,
       learning_rate unless scheduled, then velocity, momentum and average_gradient.
     """
-    numbers = {
+    numbers: dict[str, Any] = {
         name: arrange.entry(config, "config", name)
         for name in ("learning_rate", "rho", "momentum", "epsilon", "centered")
     }
@@ -194,7 +221,8 @@ def from_keras(
         if config.get(name):
             raise ValueError(
                 f"config[{name!r}] must be off, got {config[name]}: it is no part of "
-                "RMSProp. Optax has the like of it to chain; pass config without it."
+                "RMSProp. Optax has the like of it to chain; pass config without it, "
+                "and variables without those that Keras keeps for it."
             )
     scheduled = not isinstance(numbers["learning_rate"], int | float)
     if learning_rate is not None:
@@ -224,7 +252,14 @@ def from_keras(
     }
     steps = arrange.steps("variables['0'] (iteration)", variables[0])
     state = arrange.state(steps, buffers, to_params)
-    return presets.keras(**numbers, weight_decay=config.get("weight_decay")), state
+    if learning_rate is None:
+        # A schedule of callbacks changes this one only.
+        numbers["learning_rate"] = float(np.asarray(variables[1]))
+    decay = config.get("weight_decay")
+    optimizer = presets.keras(
+        **numbers, weight_decay=decay, weight_decay_mask=weight_decay_mask
+    )
+    return optimizer, state
 
 
 def to_keras(
@@ -256,6 +291,8 @@ def to_keras(
     References:
       Keras 3.15, keras/src/optimizers/base_optimizer.py.
     """
+    if callable(learning_rate):
+        raise ValueError("learning_rate must be a number or None, got a schedule.")
     lists = arrange.lists(state, from_params)
     head = [np.asarray(state.count)]
     if learning_rate is not None:
@@ -271,7 +308,9 @@ def from_tf1(
 
     Args:
       slots: lists of arrays under "rms", "mg" if centered, and "momentum", which is to
-        be left out if momentum was 0. tf_keras's legacy RMSprop has the same.
+        be left out if momentum was 0. A checkpoint numbers them in this order: for a
+        variable w, w/RMSProp is rms, w/RMSProp_1 is mg if centered, else momentum, and
+        w/RMSProp_2 momentum. tf_keras's legacy RMSprop has the same three.
       to_params: arranges a list of arrays as the tree of parameters.
       count: steps taken; the slots do not hold it.
 
@@ -295,6 +334,12 @@ def from_tf1(
     names = _used(TF1, "mg" in slots, "momentum" in slots)
     fix = "Leave out momentum if it was 0."
     arrange.expect(slots, "slots", list(names.values()), fix)
+    for name in names.values():
+        if not isinstance(slots[name], list | tuple):
+            raise ValueError(
+                f"slots[{name!r}] must be a list of arrays, one for each variable, got "
+                f"{type(slots[name]).__name__}."
+            )
     buffers = {
         field: {f"slots[{name!r}][{i}]": x for i, x in enumerate(slots[name])}
         for field, name in names.items()
@@ -341,7 +386,9 @@ def from_optax(opt_state: Any, *, count: int = 0) -> Any:
     Returns:
       An RMSPropState; or the state around it, with an RMSPropState in the place of each
       state of `optax.rmsprop`, `optax.scale_by_rms` or `optax.scale_by_stddev`. It is
-      for `rmsprop` or `scale_by_rms` with the same arguments.
+      for `rmsprop` or `scale_by_rms` with the same arguments. A chain of the same three
+      parts as `optax.rmsprop` is taken for it: convert its first element alone. Arrays
+      that need no change are shared with `opt_state`.
 
     Raises:
       ValueError: if there is no such state; if a leaf is not finite or not of 32 or 64
@@ -424,6 +471,11 @@ def to_optax(state: Any, like: Any) -> Any:
                 f"{at} must be an RMSPropState with {sorted(wanted)} as like has, got "
                 f"{sorted(given)}. Make like with the options of the run."
             )
+        if any(map(jnp.iscomplexobj, jax.tree.leaves(new.nu))):
+            raise ValueError(
+                f"{at}.nu is complex, as presets.torch keeps it. Optax's is the sum of "
+                "both parts, another algorithm."
+            )
         fields = new._asdict()
         if new.mu is not None:
             fields["nu"] = jax.tree.map(arrange.second_moment, new.nu, new.mu)
@@ -442,6 +494,29 @@ def to_optax(state: Any, like: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(convert, like, state, is_leaf=_is_optax)
+
+
+def _original(groups, preset) -> Preset:
+    """Return the preset of these parameter groups, told by the entries they have."""
+    entries = {name for group in groups for name in group}
+    if "lr_in_momentum" in entries:
+        known = presets.timm
+    elif "maximize" in entries:
+        known = presets.torch
+    elif preset is not None:
+        known = preset
+    else:
+        raise ValueError(
+            "param_groups have neither maximize (PyTorch) nor lr_in_momentum (timm). "
+            "Pass preset: presets.sb3 for Stable-Baselines3's RMSpropTFLike, "
+            "presets.torch for a PyTorch before 1.12."
+        )
+    if preset not in (None, known):
+        raise ValueError(
+            f"param_groups are those of presets.{known.__name__}, but preset is "
+            f"{preset.__name__}. Leave preset out."
+        )
+    return known
 
 
 def _numbers(groups, lr, preset):
@@ -472,9 +547,9 @@ def _numbers(groups, lr, preset):
                 f"{at} was driven by a scheduler, for it has initial_lr. Pass lr, the "
                 "Optax schedule or the number to go on with."
             )
-        numbers = {n: group[n] for n in known & set(group)}
+        numbers = {n: group[n] for n in (known | {"initial_lr"}) & set(group)}
         numbers = {n: x if type(x) is bool else float(x) for n, x in numbers.items()}
-        found.append(numbers if lr is None else numbers | {"lr": lr})
+        found.append(numbers)
         for name in found[0] | found[k]:
             one, other = found[0].get(name), found[k].get(name)
             if one != other:
@@ -484,9 +559,8 @@ def _numbers(groups, lr, preset):
                     "dict(state={i: state_dict['state'][i] for i in group['params']}, "
                     "param_groups=[group]), and join them with optax.partition."
                 )
-    if not any(group["params"] for group in groups):
-        raise ValueError("state_dict['param_groups'] must have params, got none.")
-    return found[0]
+    numbers = {name: x for name, x in found[0].items() if name != "initial_lr"}
+    return numbers if lr is None else numbers | {"lr": lr}
 
 
 def _used(names, centered, momentum):

@@ -60,7 +60,7 @@ def torch(
     root (inside), momentum buffer without the learning rate (with it), weight_decay
     added to the gradient (`l2`). With `maximize`, the gradient is negated before all
     else (no such option). The two parts of a complex number are two parameters (one),
-    so its `nu` is complex too.
+    so its `nu` is complex too; outside `jit` each such array costs some small calls.
 
     References:
       PyTorch 2.13, torch/optim/rmsprop.py. The same without momentum: MLX, Chainer's
@@ -157,7 +157,9 @@ def keras_legacy(
     """Build the RMSprop of Keras 2, now `tf_keras.optimizers.legacy.RMSprop`.
 
     Differs from `rmsprop`: learning rate 0.001 (none), eps 1e-7 (1e-8), outside the
-    root unless there is momentum (inside). As there, epsilon None or 0 means 1e-7.
+    root unless there is momentum (inside). As there, epsilon None or 0 means 1e-7, and
+    momentum in an array counts as momentum, also 0: under `optax.inject_hyperparams`,
+    pass static_args="momentum" where there is none.
 
     References:
       tf_keras 2.21, tf_keras/src/optimizers/legacy/rmsprop.py. It rounds these numbers,
@@ -364,11 +366,11 @@ def inception(
 def efficientnet(
     learning_rate: Rate, *, nu_dtype: Dtype = None, momentum_dtype: Dtype = None
 ) -> Transformation:
-    """Build the RMSProp of EfficientNet, MnasNet, MobileNetV3: `tf1`, other numbers.
+    """Build the RMSProp of EfficientNet and MnasNet: `tf1` with other numbers.
 
     Differs from `rmsprop`: eps 1e-3 (1e-8), nu starts at 1 (0), momentum 0.9 (none).
-    The paper's learning rate is 0.256 for batches of 4096, times 0.97 every 2.4 epochs;
-    eps is from the code.
+    The paper's learning rate is 0.256, times 0.97 every 2.4 epochs, with a weight decay
+    of 1e-5 in the loss; eps is from the code.
 
     References:
       Tan and Le, EfficientNet, 2019, section 5.2.

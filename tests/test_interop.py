@@ -186,7 +186,11 @@ TORCH = NUMBERS | dict(lr=0.02, alpha=0.7, eps=0.1)
     ("kind", "preset", "numbers"),
     [
         ("torch", presets.torch, TORCH | dict(maximize=True)),
-        ("torch", presets.timm, TORCH | dict(decoupled_decay=True)),
+        (
+            "torch",
+            presets.timm,
+            TORCH | dict(decoupled_decay=True, lr_in_momentum=True),
+        ),
         ("torch", presets.timm, TORCH | dict(lr_in_momentum=False)),
         ("torch", presets.sb3, TORCH),
         (
@@ -201,11 +205,15 @@ def test_numbers_of_the_run_are_those_of_the_preset(kind, preset, numbers):
     saved, options = given(kind), {}
     if kind == "torch":
         (group,) = saved["state_dict"]["param_groups"]
-        group.pop("maximize")
+        if preset is not presets.torch:
+            group.pop("maximize")
         group |= numbers
-        options = dict(preset=preset)
+        options = dict(preset=preset) if preset is presets.sb3 else {}
     else:
         saved["config"] |= numbers
+        # What a callback made of it is in the variable alone.
+        saved["config"]["learning_rate"] = 0.5
+        saved["variables"]["1"] = np.float32(numbers["learning_rate"])
     load_from = getattr(interop, f"from_{kind}")
     optimizer, state = load_from(**saved, to_params=to_params, **options)
     grads, params = (jax.tree.map(jnp.asarray, to_params(draw(k))) for k in (4, 5))
@@ -289,7 +297,7 @@ import numpy as np
 from rmsprop_jax import interop
 row = dict(step=3.0, square_avg=np.ones(2, "float32"))
 group = dict(lr=0.1, alpha=0.9, eps=1e-8, weight_decay=0, momentum=0, centered=False)
-saved = dict(state={0: row}, param_groups=[group | dict(params=[0])])
+saved = dict(state={0: row}, param_groups=[group | dict(params=[0], maximize=False)])
 _, state = interop.from_torch(saved, list)
 interop.to_keras(state, list, learning_rate=0.1)
 interop.from_tf1(interop.to_tf1(state, list), list)
@@ -324,3 +332,22 @@ def test_docstring_examples_run(module):
     assert found == (set(FUNCTIONS) if module is interop else {"presets"})
     for test in tests:
         assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_zeros_of_both_signs_may_be_moved():
+    slots = dict(rms=[np.ones((2, 2), "float32")])
+    slots |= dict(momentum=[np.float32([[0.0, -0.0], [-0.0, 1.0]])])
+    state = interop.from_tf1(slots, lambda x: [x[0].T])
+    assert_same(state.trace, [slots["momentum"][0].T])
+
+
+def test_keras_weight_decay_may_be_masked():
+    saved, mask = given("keras"), jax.tree.map(lambda x: x.ndim > 1, to_params(draw(0)))
+    optimizer, state = interop.from_keras(
+        **saved, to_params=to_params, weight_decay_mask=mask
+    )
+    params = jax.tree.map(jnp.asarray, to_params(draw(5)))
+    updates, _ = optimizer.update(params, state, params)
+    numbers = dict(momentum=0.9, centered=True, learning_rate=0.01, weight_decay=0.01)
+    expected = presets.keras(**numbers, weight_decay_mask=mask)
+    assert_same(updates, expected.update(params, state, params)[0])

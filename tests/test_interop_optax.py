@@ -10,7 +10,7 @@ import pytest
 from test_contract import assert_same
 from test_interop import aligned
 
-from rmsprop_jax import RMSPropState, interop, rmsprop, scale_by_rms
+from rmsprop_jax import RMSPropState, interop, presets, rmsprop, scale_by_rms
 
 HALF = 50
 # Relative to the largest parameter so far, which grows with the updates: one step of
@@ -254,3 +254,9 @@ def test_the_count_of_the_state_comes_before_the_argument():
     state = state_of(optax.rmsprop(falling))
     assert interop.from_optax(state, count=3).count == 0
     assert interop.from_optax(state_of(optax.rmsprop(0.1)), count=3).count == 3
+
+
+def test_the_complex_state_of_torch_is_not_that_of_optax():
+    params = dict(w=jnp.ones(2, "complex64"))
+    with pytest.raises(ValueError, match=r"state\.nu is complex, as presets\.torch"):
+        interop.to_optax(presets.torch().init(params), optax.rmsprop(0.1).init(params))

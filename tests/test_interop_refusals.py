@@ -71,7 +71,8 @@ TORCH = {
             saved["param_groups"][0] | dict(weight_decay=0, params=[])
         ),
         [
-            "param_groups[1] has weight_decay=0.0, but param_groups[0] has 0.01",
+            "param_groups[1] has weight_decay=0",
+            "but param_groups[0] has 0.01",
             "dict(state={i: state_dict['state'][i]",
             "optax.partition",
         ],
@@ -350,3 +351,39 @@ def test_numbers_that_do_not_fit_are_refused(options, error, words):
     numbers = dict(lr=0.1, centered=True, momentum=0.9) | options
     with pytest.raises(error, match=words):
         interop.to_torch(state, from_params, **numbers)
+
+
+def test_momentum_in_the_place_of_the_mean_is_noticed():
+    slots = dict(rms=[np.ones(2, "float32")], mg=[np.full(2, 3.0, "float32")])
+    with pytest.raises(ValueError, match=r"slots\['mg'\]\[0\] .* Is it the momentum"):
+        interop.from_tf1(slots, list)
+
+
+def test_the_dict_of_another_optimizer_is_noticed():
+    saved = given("torch")["state_dict"]
+    with pytest.raises(ValueError, match=r"those of presets\.torch.*is timm.*Leave"):
+        load("torch", dict(state_dict=saved), preset=presets.timm)
+    del saved["param_groups"][0]["maximize"]
+    with pytest.raises(ValueError, match=r"neither maximize.*presets\.sb3"):
+        load("torch", dict(state_dict=saved))
+
+
+def test_an_array_in_the_place_of_a_list_is_noticed():
+    with pytest.raises(ValueError, match=r"slots\['rms'\] must be a list .* ndarray"):
+        interop.from_tf1(dict(rms=np.ones((2, 3), "float32")), list)
+
+
+def test_lr_is_needed_for_torch():
+    state = load("torch", given("torch"))
+    with pytest.raises(ValueError, match="lr must be the current number, got none"):
+        interop.to_torch(state, from_params, momentum=0.9, centered=True)
+    with pytest.raises(ValueError, match=r"preset must be .* got keras"):
+        interop.to_torch(state, from_params, preset=presets.keras)
+
+
+def test_a_step_count_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match=r"variables\['0'\] \(iteration\) must be an"):
+        values = [np.ones((2, 3), "float32")] * 4
+        load(
+            "keras", given("keras", momentum=0, centered=False) | {"variables": values}
+        )

@@ -185,31 +185,6 @@ def second_moment(nu, mu):
     return nu + _square(mu)
 
 
-def fits(at, tree, structure):
-    """Refuse a tree of another structure than that of `like`."""
-    try:
-        structure.flatten_up_to(jax.tree.map(np.shape, tree))
-    except ValueError as error:
-        raise ValueError(
-            f"{at} must have the structure of like. {error} Make like with the same "
-            "parameters, and the Optax of the same program."
-        ) from None
-
-
-def like(at, x, other):
-    """Return x with the dtype of another leaf, which must have its shape."""
-    if x.dtype != other.dtype:
-        check(at.replace("state", "like", 1), other)
-    if x.dtype != jnp.int32:
-        check(at, x)
-    if x.shape != other.shape:
-        raise ValueError(
-            f"{at} must have shape {other.shape} as in like, got {x.shape}. Make like "
-            "with the same parameters."
-        )
-    return x.astype(other.dtype)
-
-
 def _largest(x):
     """Return the largest real or imaginary part above 0, or 0."""
     return max(np.max(np.real(x), initial=0), np.max(np.imag(x), initial=0))

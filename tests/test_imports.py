@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 import rmsprop_jax
-from rmsprop_jax import arrange, checks, interop, presets, rule, transform
+from rmsprop_jax import (
+    arrange,
+    checks,
+    interop,
+    interop_optax,
+    presets,
+    rule,
+    transform,
+)
 
 NAMES = ["RMSPropState", "rmsprop", "scale_by_rms"]
 MODULES = ["interop", "presets"]
@@ -90,7 +98,8 @@ def test_state_attributes_are_documented():
         (transform, {"checks", "rule"}),
         (presets, {"checks", "transform"}),
         (arrange, {"transform"}),
-        (interop, {"arrange", "presets", "transform"}),
+        (interop_optax, {"arrange", "transform"}),
+        (interop, {"arrange", "interop_optax", "presets", "transform"}),
         (rmsprop_jax, {"interop", "presets", "transform"}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),

@@ -11,7 +11,7 @@ import pytest
 from test_contract import assert_same, types
 from test_imports import in_a_new_process
 
-from rmsprop_jax import RMSPropState, interop, presets
+from rmsprop_jax import RMSPropState, interop, interop_optax, presets
 
 COUNT = 7
 KINDS = {
@@ -325,11 +325,14 @@ def test_a_preset_says_how_it_differs_and_from_where_it_is(name):
     assert "\nReferences:\n" in doc
 
 
-@pytest.mark.parametrize("module", [interop, presets])
-def test_docstring_examples_run(module):
-    tests = [test for test in doctest.DocTestFinder().find(module) if test.examples]
+def test_docstring_examples_run():
+    modules = interop, interop_optax, presets
+    tests = [
+        test for module in modules for test in doctest.DocTestFinder().find(module)
+    ]
+    tests = [test for test in tests if test.examples]
     found = {test.name.split(".")[-1] for test in tests}
-    assert found == (set(FUNCTIONS) if module is interop else {"presets"})
+    assert found == {*FUNCTIONS, "presets"}
     for test in tests:
         assert doctest.DocTestRunner().run(test).failed == 0
 

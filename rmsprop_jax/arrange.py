@@ -152,7 +152,8 @@ def _unchanged(name, given, returned):
     returned = [array(f"{name}(...)[{i}]", x) for i, x in enumerate(returned)]
     if _elements(given) != _elements(returned):
         before, after = (
-            f"{sum(x.size for x in xs)} of {', '.join({str(x.dtype) for x in xs})} as "
+            f"{sum(x.size for x in xs)} of "
+            f"{' and '.join(sorted({x.dtype.name for x in xs}))} as "
             f"{[x.shape for x in xs]}"
             for xs in (given, returned)
         )

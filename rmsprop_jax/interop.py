@@ -55,7 +55,8 @@ def from_torch(
 
     Args:
       state_dict: what `optimizer.state_dict()` returned.
-      to_params: arranges a list of arrays as the tree of parameters.
+      to_params: arranges a list of arrays, in the order of `model.named_parameters()`
+        if that is what the optimizer was given, as the tree of parameters.
       lr: learning rate, or a schedule, which goes on at the step that the run had
         reached; None for that of the parameter group. Needed after a torch scheduler.
       preset: None for PyTorch's and timm's, which are told apart by their entries;
@@ -63,7 +64,10 @@ def from_torch(
 
     Returns:
       The transformation, with the numbers of the parameter group, and its state. Its
-      count is the largest step of any parameter.
+      count is the largest step of any parameter. Groups with different numbers are
+      converted each alone, with `optax.MaskedNode()` in the places of the others, and
+      joined: the state of `optax.partition(optimizers, labels)` is that of its `init`,
+      `._replace(inner_states={label: optax.MaskedState(state), ...})`.
 
     Raises:
       ValueError: if an entry is missing, extra, misshapen, not finite, or not of 32 or
@@ -125,7 +129,7 @@ def to_torch(
     Args:
       state: state of `presets.torch`, or of another `preset`.
       from_params: arranges the tree of parameters as a list in the order of the torch
-        optimizer, of torch tensors if the result is for `load_state_dict`.
+        optimizer; of torch tensors, as `load_state_dict` takes nothing else.
       preset: the preset that made the state.
       **hyperparameters: the arguments with which the preset was built, as numbers; lr
         is needed, and the current one.
@@ -234,7 +238,7 @@ def from_keras(
                 "RMSProp. Optax has the like of it to chain; pass config without it, "
                 "and variables without those that Keras keeps for it."
             )
-    scheduled = not isinstance(numbers["learning_rate"], int | float)
+    scheduled = not isinstance(numbers["learning_rate"], int | float | np.number)
     if learning_rate is not None:
         numbers["learning_rate"] = learning_rate
     elif scheduled:
@@ -247,8 +251,9 @@ def from_keras(
     size, rest = divmod(len(variables) - head, len(names))
     if size < 1 or rest:
         raise ValueError(
-            f"variables must be {head}, then {', '.join(names.values())} of each "
-            f"parameter, got {len(variables)} in all. Is config of the same optimizer?"
+            f"variables must be iteration{', learning_rate' * (head - 1)}, then "
+            f"{', '.join(names.values())} of each parameter, got {len(variables)} in "
+            "all. Is config of the same optimizer?"
         )
     starts = range(head, len(variables), size)
     if isinstance(variables, Mapping):
@@ -318,9 +323,10 @@ def from_tf1(
 
     Args:
       slots: lists of arrays under "rms", "mg" if centered, and "momentum", which is to
-        be left out if momentum was 0. A checkpoint numbers them in this order: for a
-        variable w, w/RMSProp is rms, w/RMSProp_1 is mg if centered, else momentum, and
-        w/RMSProp_2 momentum. tf_keras's legacy RMSprop has the same three.
+        be left out if momentum was 0: `[optimizer.get_slot(w, "rms") for w in ws]`. A
+        checkpoint numbers them in this order: for a variable w, w/RMSProp is rms,
+        w/RMSProp_1 is mg if centered, else momentum, and w/RMSProp_2 momentum.
+        tf_keras's legacy RMSprop has the same three.
       to_params: arranges a list of arrays as the tree of parameters.
       count: steps taken; the slots do not hold it.
 
@@ -420,7 +426,8 @@ def _numbers(groups, lr, preset):
         for name in needed:
             arrange.entry(group, at, name)
         # Schedulers leave numbers in a group; what is True changes the step.
-        flags = {n for n, x in group.items() if x is True} - known - execution
+        flags = {n for n, x in group.items() if isinstance(x, bool | np.bool_) and x}
+        flags -= known | execution
         if flags:
             raise ValueError(
                 f"{at} has {', '.join(sorted(flags))} on, which {preset.__name__} does "

@@ -337,13 +337,6 @@ def test_docstring_examples_run():
         assert doctest.DocTestRunner().run(test).failed == 0
 
 
-def test_zeros_of_both_signs_may_be_moved():
-    slots = dict(rms=[np.ones((2, 2), "float32")])
-    slots |= dict(momentum=[np.float32([[0.0, -0.0], [-0.0, 1.0]])])
-    state = interop.from_tf1(slots, lambda x: [x[0].T])
-    assert_same(state.trace, [slots["momentum"][0].T])
-
-
 def test_keras_weight_decay_may_be_masked():
     saved, mask = given("keras"), jax.tree.map(lambda x: x.ndim > 1, to_params(draw(0)))
     optimizer, state = interop.from_keras(

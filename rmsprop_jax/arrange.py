@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmsprop_jax import storage
 from rmsprop_jax.transform import RMSPropState
 
 
@@ -133,7 +134,7 @@ def lists(state, from_params):
         )
     buffers = jax.tree_util.tree_map_with_path(
         lambda path, x: array(f"state{jax.tree_util.keystr(path)}", x),
-        state._replace(count=None),
+        storage.convert(state)._replace(count=None),
     )
     if buffers.mu is not None:
         nu = jax.tree.map(second_moment, buffers.nu, buffers.mu)

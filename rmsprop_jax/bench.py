@@ -2,13 +2,15 @@
 
 Times are ratios of medians of runs that take turns, A B A B ..., on the same inputs.
 The step is compiled, with parameters and state donated; the first of ours and of
-Optax's is compared with the rule in float64. `optax` is `optax.rmsprop`; `torch` is
-`torch.optim.RMSprop`, if it is installed, on the same kind of device.
+Optax's is compared with the rule in float64. `float32` is ours with its state in
+float32; `optax` is `optax.rmsprop`, in float32; `torch` is `torch.optim.RMSprop`, if it
+is installed, on the same kind of device, and on a GPU `compiled` its compiled form.
 """
 
 import argparse
 import datetime
 import importlib.metadata
+import math
 import os
 import statistics
 import time
@@ -25,6 +27,27 @@ OPTIONS = {
     "momentum": dict(momentum=0.9),
     "centered + momentum": dict(centered=True, momentum=0.9),
 }
+BFLOAT16 = dict(nu_dtype=jnp.bfloat16)
+SMALL = {
+    "bfloat16 nu": BFLOAT16,
+    "uint8 nu": dict(nu_dtype=jnp.uint8),
+    "bfloat16 nu and momentum": BFLOAT16
+    | dict(momentum=0.9, momentum_dtype=jnp.bfloat16),
+}
+
+
+def trees(quick):
+    """Return {name: shapes}: one large leaf, equal ones, mixed ones, a huge one."""
+    side, width, blocks, huge = (1024, 32, 3, 2048) if quick else (4096, 128, 48, 16384)
+    block = [(width, 3 * width), (3 * width,), (width, width), *3 * [(width,)]]
+    block += [(width, 4 * width), (4 * width,), (4 * width, width), *3 * [(width,)]]
+    shapes = [(64 * width, width), (width,), (width, width), (width,), *blocks * block]
+    return {
+        f"{side}^2": [(side, side)],
+        f"100 x {side // 10}^2": 100 * [(side // 10, side // 10)],
+        f"{len(shapes)} mixed": shapes,
+        f"{huge}^2": [(huge, huge)],
+    }
 
 
 def interleaved(tasks, rounds):
@@ -43,12 +66,12 @@ def interleaved(tasks, rounds):
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def arrays(leaves, shape, seed):
-    """Return random leaves of one shape; the sizes of gradients differ by leaf."""
+def arrays(shapes, seed):
+    """Return random leaves; the sizes of gradients differ by leaf."""
     random = np.random.default_rng(seed)
     return [
-        jnp.asarray(random.normal(scale=10.0 ** -(i % 5), size=shape), jnp.float32)
-        for i in range(leaves)
+        jnp.asarray(10.0 ** -(i % 5) * random.standard_normal(shape, np.float32))
+        for i, shape in enumerate(shapes)
     ]
 
 
@@ -84,27 +107,32 @@ def check(held, params, grads, centered):
         np.testing.assert_allclose(new, expected, rtol=2e-6, atol=1e-6)
 
 
-def torch_stepper(options, params, grads):
-    """Return PyTorch's step on the same numbers, or None without PyTorch."""
+def torch_steppers(options, params, grads):
+    """Return PyTorch's step on the same numbers, in the forms there are."""
     # Threads that spin while they wait would take their cores from the next task.
     os.environ |= dict(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0")
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
-        return None
+        return {}
     gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     leaves = [torch.tensor(np.asarray(p), device=device) for p in params]
     for leaf, g in zip(leaves, grads, strict=True):
         leaf.grad = torch.tensor(np.asarray(g), device=device)
-    optimizer = torch.optim.RMSprop(leaves, lr=1e-3, alpha=0.9, **options)
+    options = {k: x for k, x in options.items() if not k.endswith("_dtype")}
+    more = dict(foreach=True) if gpu else {}
+    optimizer = torch.optim.RMSprop(leaves, lr=1e-3, alpha=0.9, **options, **more)
+    steps = {"torch": optimizer.step}
+    if gpu:
+        steps["compiled"] = torch.compile(optimizer.step)
 
-    def run():
-        optimizer.step()
+    def run(step):
+        step()
         if gpu:
             torch.cuda.synchronize()
 
-    return run
+    return {name: lambda step=step: run(step) for name, step in steps.items()}
 
 
 def copy_bandwidth(size, rounds):
@@ -118,32 +146,42 @@ def copy_bandwidth(size, rounds):
     return 8 * size / interleaved({"": lambda: run}, rounds)[""]
 
 
-def steps(name, leaves, shape, rounds, bandwidth):
+def steps(name, tree, shapes, rounds, bandwidth):
     """Return the row of the compiled step of one configuration."""
-    options = OPTIONS[name]
-    params, grads = arrays(leaves, shape, 0), arrays(leaves, shape, 1)
-    runs, temporary = {}, {}
-    for library, module in (("ours", rmsprop_jax), ("optax", optax)):
-        tx = module.rmsprop(1e-3, **options)
+    options = (OPTIONS | SMALL)[name]
+    wide = {k: x for k, x in options.items() if not k.endswith("_dtype")}
+    params, grads = arrays(shapes, 0), arrays(shapes, 1)
+    builds = dict(ours=(rmsprop_jax, options), optax=(optax, wide))
+    if wide != options:
+        builds["float32"] = rmsprop_jax, wide
+    runs, temporary, state = {}, {}, {}
+    for library, (module, chosen) in builds.items():
+        tx = module.rmsprop(1e-3, **chosen)
         step = compiled(tx, params, grads)
         runs[library], held = stepper(step, tx, params, grads)
         memory = step.memory_analysis()
         temporary[library] = memory.temp_size_in_bytes if memory else None
+        state[library] = sum(x.nbytes for x in jax.tree.leaves(held[1]))
         runs[library]()
         check(held, params, grads, "centered" in options)
     tasks = {library: (lambda run=run: run) for library, run in runs.items()}
     seconds = interleaved(tasks, rounds)
-    against_torch = {}
-    if run := torch_stepper(options, params, grads):
-        against_torch = interleaved(dict(ours=tasks["ours"], torch=lambda: run), rounds)
-    count = leaves * int(np.prod(shape))
-    moved = 12 + 8 * (1 + len(options))
+    against = dict(ours=tasks["ours"])
+    for other, run in torch_steppers(options, params, grads).items():
+        against[other] = lambda run=run: run
+    against = interleaved(against, rounds)
+    count = sum(map(math.prod, shapes))
+    # Codes need the largest number of a row before any: gradients and codes twice.
+    again = 5 if options.get("nu_dtype") == jnp.uint8 else 0
+    moved = 12 + 2 * state["ours"] / count + again
     return (
         f"step, {name}",
-        f"{leaves} x {shape}",
+        tree,
+        ratio(seconds, "float32"),
         ratio(seconds, "optax"),
-        ratio(against_torch, "torch"),
-        str(moved),
+        ratio(against, "torch"),
+        ratio(against, "compiled"),
+        f"{moved:.1f}",
         f"{moved * count / bandwidth / seconds['ours']:.2f}",
         str(temporary["ours"]),
     )
@@ -151,8 +189,8 @@ def steps(name, leaves, shape, rounds, bandwidth):
 
 def many_leaves(name, leaves, rounds):
     """Return the rows of a tree of many small leaves."""
-    shape, options = (32, 32), OPTIONS[name]
-    params, grads = arrays(leaves, shape, 0), arrays(leaves, shape, 1)
+    shapes, options = leaves * [(32, 32)], OPTIONS[name]
+    params, grads = arrays(shapes, 0), arrays(shapes, 1)
     direct, lowering, compiling = {}, {}, {}
     for library, module in (("ours", rmsprop_jax), ("optax", optax)):
         tx = module.rmsprop(1e-3, **options)
@@ -174,7 +212,13 @@ def many_leaves(name, leaves, rounds):
         lowering[library] = lower_fresh
         compiling[library] = lambda lower=lower: lower().compile
     return [
-        (f"{what}, {name}", f"{leaves} x {shape}", ratio(seconds, "optax"), *["-"] * 4)
+        (
+            f"{what}, {name}",
+            f"{leaves} x 32^2",
+            "-",
+            ratio(seconds, "optax"),
+            *["-"] * 5,
+        )
         for what, seconds in (
             ("direct update", interleaved(direct, rounds)),
             ("trace + lower", interleaved(lowering, max(3, rounds // 3))),
@@ -210,12 +254,16 @@ def main():
         f"copy bandwidth {bandwidth / 1e9:.1f} GB/s; float32.\n"
     )
     print(
-        "| what | leaves | / optax | / torch | bytes a parameter | of copy bandwidth "
-        "| temporary bytes |\n|---|---|---|---|---|---|---|"
+        "| what | leaves | / float32 | / optax | / torch | / compiled "
+        "| bytes a parameter | of copy bandwidth | temporary bytes |"
+        + "\n"
+        + 9 * "|---"
+        + "|"
     )
-    for name in OPTIONS:
-        for number in (1, 100):
-            row = steps(name, number, (size // number,), rounds, bandwidth)
+    for tree, shapes in trees(quick).items():
+        large = max(map(math.prod, shapes)) > 2 * size
+        for name in ("plain", *SMALL) if large else (*OPTIONS, *SMALL):
+            row = steps(name, tree, shapes, 7 if large else rounds, bandwidth)
             print("|", " | ".join(row), "|", flush=True)
     for name in OPTIONS:
         for row in many_leaves(name, leaves, rounds):

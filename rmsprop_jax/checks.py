@@ -73,20 +73,34 @@ def state_dtype(name, dtype):
     """Return a dtype in which state can be kept, or None for None."""
     if dtype is None:
         return None
-    allowed = f"{name} must be float32, float64 or None, got"
+    allowed = [jnp.float32, jnp.float64, jnp.bfloat16]
+    # Momentum is signed, and codes of one byte have no sign.
+    allowed += [jnp.uint8] if name == "nu_dtype" else []
+    names = ", ".join(jnp.dtype(x).name for x in allowed)
+    text = f"{name} must be {names} or None, got"
     try:
         if not isinstance(dtype, str | type | np.dtype):
             raise TypeError
         known = jnp.dtype(dtype)
     except TypeError:
         raise ValueError(
-            f"{allowed} {dtype!r}. In optax.inject_hyperparams, list it in static_args."
+            f"{text} {dtype!r}. In optax.inject_hyperparams, list it in static_args."
         ) from None
-    if known not in (jnp.float32, jnp.float64):
-        raise ValueError(f"{allowed} {known}.")
+    if known not in allowed:
+        raise ValueError(f"{text} {known}.")
     if known != jax.dtypes.canonicalize_dtype(known):
         raise ValueError(f"{name}={known} needs jax.config.jax_enable_x64.")
     return known
+
+
+def real_nu(dtype, tree):
+    """Refuse a small dtype for a `nu` that is complex where this tree is."""
+    small = dtype is not None and jnp.dtype(dtype).itemsize < 4
+    if small and any(map(np.iscomplexobj, jax.tree.leaves(tree))):
+        raise ValueError(
+            f"nu_dtype={jnp.dtype(dtype)} keeps real numbers, but presets.torch has a "
+            "complex nu for complex parameters. Use None, or rmsprop: its nu is real."
+        )
 
 
 def parameter(path, leaf):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax import arrange
+from rmsprop_jax import arrange, storage
 from rmsprop_jax.transform import RMSPropState
 
 
@@ -111,6 +111,7 @@ def to_optax(state: Any, like: Any) -> Any:
                 f"{at}.nu is complex, as presets.torch keeps it. Optax's is the sum of "
                 "both parts, another algorithm."
             )
+        new = storage.convert(new)
         fields = new._asdict()
         if new.mu is not None:
             fields["nu"] = jax.tree.map(arrange.second_moment, new.nu, new.mu)

@@ -34,7 +34,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from rmsprop_jax import checks
+from rmsprop_jax import checks, storage
 from rmsprop_jax.transform import PyTree, rmsprop
 
 Dtype = DTypeLike | None
@@ -78,7 +78,7 @@ def torch(
         nu_dtype=nu_dtype,
         momentum_dtype=momentum_dtype,
     )
-    return _by_parts(inner, maximize)
+    return _by_parts(inner, maximize, nu_dtype)
 
 
 def tf1(
@@ -391,11 +391,14 @@ def _on(value):
     return None if isinstance(value, int | float | np.number) and not value else value
 
 
-def _by_parts(inner, maximize):
+def _by_parts(inner, maximize, nu_dtype):
     """Let `inner` see a complex array as a real one with a last axis of 2."""
 
     def init(params):
+        checks.real_nu(nu_dtype, params)
         state = inner.init(params)
+        if not any(map(np.iscomplexobj, jax.tree.leaves(params))):
+            return state
         nu = jax.tree.map(_join, params, state.nu, state.nu)
         return state._replace(nu=nu)
 
@@ -417,9 +420,10 @@ def _check(updates, state):
     """Refuse gradients that do not fit the state before they are taken apart."""
     if not hasattr(state, "nu"):
         return
-    tree = jax.tree.structure(state.nu)
+    tree = storage.structure(state.nu)
     grads = checks.leaves("updates", updates, tree)
-    for i, (g, nu) in enumerate(zip(grads, jax.tree.leaves(state.nu), strict=True)):
+    buffer = storage.leaves(state.nu, tree)
+    for i, (g, nu) in enumerate(zip(grads, buffer, strict=True)):
         if not checks.absent(g):
             checks.gradient(g, None, nu, nu, None, False, tree, i)
 

@@ -14,7 +14,7 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from rmsprop_jax import checks, rule
+from rmsprop_jax import checks, rule, storage
 
 PyTree = Any
 
@@ -77,9 +77,11 @@ def rmsprop(
         the momentum buffer (Keras, AdamW).
       weight_decay_mask: tree of bools like params (or a prefix of it), or a function
         from params to one; where False, `weight_decay` does not act.
-      nu_dtype: dtype of `nu`, float32 or float64. None: that of the parameter, but at
-        least float32.
-      momentum_dtype: the same for `mu` and `trace`; complex where the parameter is.
+      nu_dtype: dtype in which `nu` is kept: float32, float64, bfloat16 (2 bytes) or
+        uint8 (1 byte; `nu` is then a `storage.Quantized`). None: that of the parameter,
+        but at least float32. The errors of the small ones: `rmsprop_jax.storage`.
+      momentum_dtype: the same for `mu` and `trace`, but not uint8; complex where the
+        parameter is.
 
     Returns:
       A transformation whose state is an `RMSPropState`. Updates have the dtype of the
@@ -196,19 +198,21 @@ def _transformation(
     def init(params) -> Any:
         params = jax.tree_util.tree_map_with_path(checks.parameter, params)
 
+        leaves, tree = jax.tree.flatten(params)
+
         def nu(p):
-            dtype = nu_dtype or jnp.finfo(rule.wide(p.dtype)).dtype
-            return _full(p, dtype, *_split({"value": start}))
+            dtype = jnp.finfo(rule.wide(nu_dtype or p.dtype)).dtype
+            return _full(p, dtype, nu_dtype, *_split({"value": start}))
 
         def zeros(p):
-            dtype = momentum_dtype or rule.wide(p.dtype)
+            dtype = rule.wide(momentum_dtype or p.dtype)
             if jnp.iscomplexobj(p):
                 dtype = np.promote_types(dtype, jnp.complex64)
-            return _full(p, dtype, *_split({"value": 0.0}))
+            return _full(p, dtype, momentum_dtype, *_split({"value": 0.0}))
 
         return RMSPropState(
-            count=_zero(jax.tree.leaves(params)[:1]),
-            nu=jax.tree.map(nu, params),
+            count=_zero(leaves[:1]),
+            nu=storage.unflatten(tree, [*map(nu, leaves)], nu_dtype == jnp.uint8),
             mu=jax.tree.map(zeros, params) if centered else None,
             trace=jax.tree.map(zeros, params) if has_trace else None,
         )
@@ -223,7 +227,7 @@ def _transformation(
             )
         decayed = None
         if mask is not None:
-            decayed = checks.mask(mask, params, jax.tree.structure(state.nu))
+            decayed = checks.mask(mask, params, storage.structure(state.nu))
         params = params if reads_params else None
         # Inside another trace, a jit of its own would only cost time.
         step = _update if isinstance(state.count, Tracer) else _compiled_update
@@ -240,25 +244,19 @@ def _zero(leaves):
     return jnp.zeros([], jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "static"))
-def _full(p, dtype, arrays, static):
-    """Return an array like p, of another dtype, filled with `value`.
-
-    A constant has no sharding of its own; one computed from p takes p's. The product
-    with 0 is 0 for NaN too, and no compiler folds it.
-    """
-    value = (arrays | dict(static))["value"]
-    return (p != p).astype(dtype) * 0 + jnp.asarray(value, dtype)
+@functools.partial(jax.jit, static_argnames=("dtype", "kept", "static"))
+def _full(p, dtype, kept, arrays, static):
+    return storage.full(p, (arrays | dict(static))["value"], dtype, kept)
 
 
 def _update(updates, state, params, decayed, arrays, static):
     """Step the whole tree; trees, shapes and dtypes are checked while it is traced."""
-    tree = jax.tree.structure(state.nu)
+    tree = storage.structure(state.nu)
     none = [None] * tree.num_leaves
     rows = zip(
         checks.leaves("updates", updates, tree),
         none if params is None else checks.leaves("params", params, tree),
-        *(none if x is None else tree.flatten_up_to(x) for x in state[1:]),
+        *(none if x is None else storage.leaves(x, tree) for x in state[1:]),
         decayed or [True] * tree.num_leaves,
         strict=True,
     )
@@ -279,7 +277,9 @@ def _update(updates, state, params, decayed, arrays, static):
     return tree.unflatten(steps), RMSPropState(
         count,
         *(
-            None if old is None else tree.unflatten(x)
+            None
+            if old is None
+            else storage.unflatten(tree, x, isinstance(old, storage.Quantized))
             for old, x in zip(state[1:], buffers, strict=True)
         ),
     )
@@ -291,7 +291,11 @@ _compiled_update = jax.jit(_update, static_argnames=("decayed", "static"))
 # Jitted by itself, so that leaves of one shape and dtype are traced once.
 @functools.partial(jax.jit, static_argnames="static")
 def _leaf(g, p, nu, mu, trace, t, arrays, static):
-    return rule.step(g, p, nu, mu, trace, t, **arrays, **dict(static))
+    kept = (nu, mu, trace)
+    values = map(storage.decode, kept)
+    update, *new = rule.step(g, p, *values, t, **arrays, **dict(static))
+    encoded = (storage.encode(x, old, t) for x, old in zip(new, kept, strict=True))
+    return update, *encoded
 
 
 def _split(options):

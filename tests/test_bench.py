@@ -1,5 +1,6 @@
 """The benchmark measures what it says, and fails where the numbers are wrong."""
 
+import math
 import sys
 
 import jax
@@ -9,20 +10,46 @@ import pytest
 from rmsprop_jax import bench
 
 
-def test_quick_prints_a_table_with_every_row(monkeypatch, capsys, lenient):
+def test_it_prints_a_table_with_every_row(monkeypatch, capsys, lenient):
     monkeypatch.setattr(sys, "argv", ["bench", "--quick"])
+    monkeypatch.setattr(bench, "trees", lambda quick: {"one": [(64, 64)] * quick})
     bench.main()
     table = [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
-    assert len(table) == 2 + 2 * 3 + 3 * 3
+    assert len(table) == 2 + 6 + 3 * 3
     assert len({line.count("|") for line in table}) == 1
     for row in table[2:8]:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert float(cells[2]) > 0
-        assert cells[6] == "0", "a donated step needs no memory beside its arguments"
+        _, _, wide, optax, _, _, moved, share, temporary = (
+            cell.strip() for cell in row.strip("|").split("|")
+        )
+        assert float(optax) > 0 and float(share) > 0
+        small = "bfloat16" in row or "uint8" in row
+        assert float(wide) > 0 if small else wide == "-"
+        # A donated step needs no memory beside its arguments.
+        assert small or temporary == "0"
+        assert float(moved) == pytest.approx(MOVED[row.split("|")[1].strip()], abs=0.2)
+
+
+MOVED = {
+    "step, plain": 20,
+    "step, momentum": 28,
+    "step, centered + momentum": 36,
+    "step, bfloat16 nu": 16,
+    "step, uint8 nu": 19.1,
+    "step, bfloat16 nu and momentum": 20,
+}
+
+
+def test_trees_are_what_their_names_say():
+    trees = bench.trees(quick=False)
+    assert [sum(map(math.prod, shapes)) for shapes in trees.values()] == [
+        *(4096**2, 100 * 409**2, 128 * 128 * (65 + 48 * 12) + 256 + 48 * 1664),
+        16384**2,
+    ]
+    assert len(trees["580 mixed"]) == 580
 
 
 def test_a_wrong_step_is_not_timed():
-    params, grads = bench.arrays(2, (4,), 0), bench.arrays(2, (4,), 1)
+    params, grads = bench.arrays([(4,)] * 2, 0), bench.arrays([(4,)] * 2, 1)
     wrong = [jax.tree.map(lambda p: p * 1.001, params)]
     with pytest.raises(AssertionError):
         bench.check(wrong, params, grads, False)

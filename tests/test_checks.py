@@ -118,22 +118,32 @@ def test_a_mask_needs_weight_decay():
         build(weight_decay_mask=True)
 
 
-@pytest.mark.parametrize("name", ["nu_dtype", "momentum_dtype"])
-@pytest.mark.parametrize("dtype", ["bfloat16", jnp.float16, int, jnp.complex64])
-def test_state_is_kept_in_wide_floats_only(name, dtype):
-    known = jnp.dtype(dtype).name
-    with refusal(f"{name} must be float32, float64 or None, got {known}."):
+KEPT = {
+    "nu_dtype": "nu_dtype must be float32, float64, bfloat16, uint8 or None, got",
+    "momentum_dtype": "momentum_dtype must be float32, float64, bfloat16 or None, got",
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("dtype", ["int8", jnp.float16, int, jnp.complex64])
+def test_state_has_one_of_a_few_dtypes(name, dtype):
+    with refusal(f"{KEPT[name]} {jnp.dtype(dtype).name}."):
         build(**{name: dtype})
 
 
-@pytest.mark.parametrize("name", ["nu_dtype", "momentum_dtype"])
+def test_momentum_is_not_kept_in_codes_without_a_sign():
+    with refusal(f"{KEPT['momentum_dtype']} uint8."):
+        build(momentum=0.9, momentum_dtype="uint8")
+
+
+@pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("dtype", ["wide", object(), 8, np.ones(2), jnp.float32(1)])
 def test_what_is_no_dtype_is_refused(name, dtype):
-    with refusal(f"{name} must be float32, float64 or None, got", "static_args"):
+    with refusal(KEPT[name], "static_args"):
         build(**{name: dtype})
 
 
-@pytest.mark.parametrize("name", ["nu_dtype", "momentum_dtype"])
+@pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("dtype", ["float64", jnp.float64, float])
 def test_float64_needs_x64(name, dtype):
     with refusal(f"{name}=float64 needs jax.config.jax_enable_x64"):

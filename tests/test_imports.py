@@ -18,12 +18,13 @@ from rmsprop_jax import (
     interop_optax,
     presets,
     rule,
+    storage,
     transform,
 )
 
 NAMES = ["RMSPropState", "rmsprop", "scale_by_rms"]
-MODULES = ["interop", "presets"]
-FUNCTIONS = [rmsprop_jax.rmsprop, rmsprop_jax.scale_by_rms]
+MODULES = ["interop", "presets", "storage"]
+FUNCTIONS = [rmsprop_jax.rmsprop, rmsprop_jax.scale_by_rms, storage.convert]
 each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
 
@@ -95,12 +96,13 @@ def test_state_attributes_are_documented():
     [
         (rule, set()),
         (checks, set()),
-        (transform, {"checks", "rule"}),
-        (presets, {"checks", "transform"}),
-        (arrange, {"transform"}),
-        (interop_optax, {"arrange", "transform"}),
+        (storage, {"checks"}),
+        (transform, {"checks", "rule", "storage"}),
+        (presets, {"checks", "storage", "transform"}),
+        (arrange, {"storage", "transform"}),
+        (interop_optax, {"arrange", "storage", "transform"}),
         (interop, {"arrange", "interop_optax", "presets", "transform"}),
-        (rmsprop_jax, {"interop", "presets", "transform"}),
+        (rmsprop_jax, {"interop", "presets", "storage", "transform"}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

@@ -98,12 +98,12 @@ def stepper(step, tx, params, grads):
 
 
 def check(held, params, grads, centered):
-    """Compare the first step with the rule in float64."""
+    """Compare the first step with the rule in float64: a million numbers a leaf."""
     c = 0.1
-    for new, p, g in zip(held[0], params, grads, strict=True):
-        g = np.asarray(g, np.float64)
+    for leaf in zip(held[0], params, grads, strict=True):
+        new, p, g = (np.asarray(x).ravel()[: 2**20].astype(np.float64) for x in leaf)
         v = c * g**2 - (c * g) ** 2 * centered
-        expected = np.asarray(p, np.float64) - 1e-3 * g / np.sqrt(v + 1e-8)
+        expected = p - 1e-3 * g / np.sqrt(v + 1e-8)
         np.testing.assert_allclose(new, expected, rtol=2e-6, atol=1e-6)
 
 
@@ -262,7 +262,7 @@ def main():
     )
     for tree, shapes in trees(quick).items():
         large = max(map(math.prod, shapes)) > 2 * size
-        for name in ("plain", *SMALL) if large else (*OPTIONS, *SMALL):
+        for name in ("plain", *list(SMALL)[:2]) if large else (*OPTIONS, *SMALL):
             row = steps(name, tree, shapes, 7 if large else rounds, bandwidth)
             print("|", " | ".join(row), "|", flush=True)
     for name in OPTIONS:

@@ -179,8 +179,7 @@ def convert(
         if buffer is None:
             return None
         tree = structure(buffer)
-        arrays = [decode(x) for x in leaves(buffer, tree)]
-        arrays = [store(x, dtype) for x in arrays]
+        arrays = [store(decode(x), dtype) for x in leaves(buffer, tree)]
         return unflatten(tree, arrays, dtype == jnp.uint8)
 
     return state._replace(

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from rmsprop_jax import checks, rule, storage
+from rmsprop_jax.storage import Quantized
 
 PyTree = Any
 
@@ -197,7 +198,6 @@ def _transformation(
 
     def init(params) -> Any:
         params = jax.tree_util.tree_map_with_path(checks.parameter, params)
-
         leaves, tree = jax.tree.flatten(params)
 
         def nu(p):
@@ -277,9 +277,7 @@ def _update(updates, state, params, decayed, arrays, static):
     return tree.unflatten(steps), RMSPropState(
         count,
         *(
-            None
-            if old is None
-            else storage.unflatten(tree, x, isinstance(old, storage.Quantized))
+            None if old is None else storage.unflatten(tree, x, type(old) is Quantized)
             for old, x in zip(state[1:], buffers, strict=True)
         ),
     )
@@ -294,8 +292,7 @@ def _leaf(g, p, nu, mu, trace, t, arrays, static):
     kept = (nu, mu, trace)
     values = map(storage.decode, kept)
     update, *new = rule.step(g, p, *values, t, **arrays, **dict(static))
-    encoded = (storage.encode(x, old, t) for x, old in zip(new, kept, strict=True))
-    return update, *encoded
+    return update, *map(storage.encode, new, kept, 3 * [t])
 
 
 def _split(options):

@@ -220,8 +220,9 @@ def figure():
         text = f"{name}: {last.mean():.1f} ± {last.std(ddof=1):.1f} %"
         print(text, flush=True)
         axes = momentum if "momentum" in options else plain
+        style = ("-", "--", ":")[len(axes.lines) % 3]
         epochs = np.arange(1, EPOCHS + 1)
-        (line,) = axes.plot(epochs, percent.mean(0), label=text)
+        (line,) = axes.plot(epochs, percent.mean(0), style, label=text)
         color = line.get_color()
         axes.fill_between(
             epochs, percent.min(0), percent.max(0), color=color, alpha=0.15

@@ -4,6 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
+import formats
 import jax
 import numpy as np
 import parity
@@ -52,6 +53,20 @@ def test_every_module_has_its_line():
 def test_the_comparison_is_in_it():
     found = re.findall(r"^\| `(\w+)` \| (\w+) [\d.+a-z]+, (.+?) \|", README, re.M)
     assert found == [(row.preset, row.package, row.title) for row in parity.ROWS]
+
+
+def test_the_formats_are_in_it():
+    section = README.split("## State in fewer bytes")[1].split("\n## ")[0]
+    rows = re.findall(
+        r"^\| ([^|]+) \| (\d\.\d{3}) \|((?: [^|]+ % \|)+)$", section, re.M
+    )
+    bytes_of = {k: f"{formats.bytes_of(x):.3f}" for k, x in formats.FORMATS.items()}
+    assert dict(row[:2] for row in rows[:-1]) == bytes_of
+    assert rows[-1][0].startswith("bitsandbytes")
+    small = {name: re.findall(r"[\d.]+(?:e-\d+)?", cells) for name, _, cells in rows}
+    assert {len(x) for x in small.values()} == {12}
+    assert max(map(float, small["bfloat16"])) <= 1.6
+    assert max(map(float, small["uint8"])) <= 13
 
 
 def test_linked_files_exist():

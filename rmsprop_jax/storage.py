@@ -113,7 +113,7 @@ def encode(x, old, t):
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
 
-def decode(stored):
+def decode(stored) -> Any:
     """Return the values of a stored array; None for None."""
     if isinstance(stored, Quantized):
         codes, scale = stored

@@ -289,10 +289,10 @@ _compiled_update = jax.jit(_update, static_argnames=("decayed", "static"))
 # Jitted by itself, so that leaves of one shape and dtype are traced once.
 @functools.partial(jax.jit, static_argnames="static")
 def _leaf(g, p, nu, mu, trace, t, arrays, static):
-    kept = (nu, mu, trace)
-    values = map(storage.decode, kept)
-    update, *new = rule.step(g, p, *values, t, **arrays, **dict(static))
-    return update, *map(storage.encode, new, kept, 3 * [t])
+    stored = (nu, mu, trace)
+    nu, mu, trace = map(storage.decode, stored)
+    update, *new = rule.step(g, p, nu, mu, trace, t, **arrays, **dict(static))
+    return update, *map(storage.encode, new, stored, 3 * [t])
 
 
 def _split(options):

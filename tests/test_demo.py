@@ -143,7 +143,7 @@ def refused(capsys, *arguments):
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
 def test_damaged_checkpoint_is_named_and_the_one_before_still_resumes(
-    undisturbed, tmp_path, damage
+    undisturbed, tmp_path, damage, capsys
 ):
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", undisturbed, folder], check=True)
@@ -159,8 +159,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_still_resumes(
     else:
         content[len(content) // 2] ^= 255
         data.write_bytes(content)
-    status, _, message = finish(start("--resume", "--out", folder))
-    assert status == 1 and len(message.strip().splitlines()) == 1
+    message = refused(capsys, "--resume", "--out", folder)
     assert str(last) in message and "damaged" in message and "Delete" in message
     assert kept == {x: x.read_bytes() for x in before.rglob("*") if x.is_file()}
     if damage == "altered":

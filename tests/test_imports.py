@@ -18,13 +18,15 @@ from rmsprop_jax import (
     interop_optax,
     presets,
     rule,
+    sharding,
     storage,
     transform,
 )
 
 NAMES = ["RMSPropState", "rmsprop", "scale_by_rms"]
-MODULES = ["interop", "presets", "storage"]
-FUNCTIONS = [rmsprop_jax.rmsprop, rmsprop_jax.scale_by_rms, storage.convert]
+MODULES = ["interop", "presets", "sharding", "storage"]
+FUNCTIONS = [rmsprop_jax.rmsprop, rmsprop_jax.scale_by_rms]
+FUNCTIONS += [storage.convert, sharding.zero]
 each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
 
@@ -102,7 +104,8 @@ def test_state_attributes_are_documented():
         (arrange, {"storage", "transform"}),
         (interop_optax, {"arrange", "storage", "transform"}),
         (interop, {"arrange", "interop_optax", "presets", "transform"}),
-        (rmsprop_jax, {"interop", "presets", "storage", "transform"}),
+        (sharding, set()),
+        (rmsprop_jax, {"interop", "presets", "sharding", "storage", "transform"}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

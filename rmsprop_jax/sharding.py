@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[str]]:
     """Return shardings that spread a state over one axis of a mesh.
 
-    Each array is divided along the largest of its axes that is whole so far and that
-    the mesh axis divides; never along the rows of uint8 codes, as they share a scale.
+    Each array is divided along the axis of which a device holds the most, of those that
+    can be divided; never within the rows of uint8 codes, as these share a scale.
 
     Args:
       state: what `init` returns, or its shapes: `jax.eval_shape(tx.init, params)`; also
@@ -40,8 +40,8 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
       >>> mesh = jax.sharding.AbstractMesh((2,), ("data",))
       >>> shapes = jax.eval_shape(optimizer.init, params)
       >>> shardings, whole = sharding.zero(shapes, mesh, "data")
-      >>> print(tuple(shardings.nu["w"].spec), whole)
-      (None, 'data') [".nu['b']"]
+      >>> print(shardings.nu["w"].shard_shape((3, 4)), whole)
+      (3, 2) [".nu['b']"]
 
     References:
       Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter
@@ -55,28 +55,30 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
     whole = []
 
     def place(path, x):
-        spec = _spec(x, mesh)
-        if axis in jax.tree.leaves(tuple(spec)):
-            return NamedSharding(mesh, PartitionSpec(*spec))
-        last = x.ndim - 1 if x.dtype == jnp.uint8 else x.ndim
-        sizes = {
-            i: x.shape[i]
-            for i in range(last)
-            if spec[i] is None and x.shape[i] and x.shape[i] % mesh.shape[axis] == 0
-        }
-        if sizes:
-            spec[max(sizes, key=lambda i: sizes[i])] = axis
-        elif math.prod(x.shape) > 1:
+        names = _names(x, mesh)
+        if any(axis in each for each in names):
+            return NamedSharding(mesh, PartitionSpec(*names))
+        rows = x.ndim - 1 if x.dtype == jnp.uint8 else x.ndim
+        held = [
+            size // math.prod(mesh.shape[name] for name in each)
+            for size, each in zip(x.shape, names, strict=True)
+        ]
+        divisible = [i for i in range(rows) if held[i] % mesh.shape[axis] == 0]
+        if divisible and x.size:
+            largest = max(divisible, key=lambda i: held[i])
+            names[largest] += (axis,)
+        elif x.size > 1:
             whole.append(jax.tree_util.keystr(path))
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, PartitionSpec(*names))
 
     return jax.tree_util.tree_map_with_path(place, state), whole
 
 
-def _spec(x, mesh):
-    """Return how an array is divided on this mesh, one entry an axis."""
+def _names(x, mesh):
+    """Return for each axis of an array the names of those that divide it on a mesh."""
     spec = ()
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
         spec = sharding.spec
-    return [*spec, *[None] * (x.ndim - len(spec))]
+    spec = [*spec, *[None] * (x.ndim - len(spec))]
+    return [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]

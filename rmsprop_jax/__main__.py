@@ -18,6 +18,7 @@ DEFAULTS = dict(
     eps=1e-8,
     momentum=None,
     centered=False,
+    zero=False,
     schedule="cosine",
     epochs=20,
     batch_size=None,
@@ -99,6 +100,11 @@ def parser():
         action="store_true",
     )
     add(
+        "--zero",
+        "spread the optimizer's state over the devices (ZeRO, stage 1)",
+        action="store_true",
+    )
+    add(
         "--schedule",
         "how the learning rate changes over the run; default cosine",
         choices=("constant", "cosine", "warmup_cosine"),
@@ -133,7 +139,56 @@ def parser():
         "checkpoint; its flags are remembered",
         action="store_true",
     )
+    add(
+        "--coordinator",
+        "be one of several processes: HOST:PORT of the first, or auto where JAX finds "
+        "the others by itself, as on a TPU pod; needs --out, a folder that all share",
+        metavar="HOST:PORT",
+    )
+    add(
+        "--process-id",
+        "which of them this is, from 0",
+        type=number(int, 0),
+        metavar="I",
+    )
+    add(
+        "--processes",
+        "how many they are",
+        type=number(int, 1),
+        metavar="N",
+    )
     return result
+
+
+def join(flags, demo):
+    """Take the flags about processes, and wait until all of these are there."""
+    address, *numbers = (
+        flags.pop(name, None) for name in ("coordinator", "process_id", "processes")
+    )
+    if address is None and numbers == [None, None]:
+        return
+    automatic = address == "auto"
+    if address is None or (None in numbers) != automatic or "out" not in flags:
+        raise demo.Problem(
+            "several processes need --coordinator HOST:PORT, --process-id, --processes "
+            "and --out; or --coordinator auto and --out alone."
+        )
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            None if automatic else address,
+            process_id=numbers[0],
+            num_processes=numbers[1],
+            # So long the others wait for one that is gone, instead of for minutes.
+            initialization_timeout=60,
+            heartbeat_timeout_seconds=20,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise demo.Problem(
+            f"the processes did not find each other within 60 s: {error} Start all "
+            f"{numbers[1] or ''} with the same --coordinator and --processes."
+        ) from error
 
 
 def _flag(name):
@@ -200,8 +255,9 @@ def run(flags, demo):
     """Do what the flags say and return the exit status."""
     import jax
 
+    join(flags, demo)
     try:
-        devices = jax.local_devices()
+        devices = jax.devices()
     except RuntimeError as error:
         raise demo.Problem(f"JAX finds no device: {error}") from error
     resumed = flags.pop("resume", False)
@@ -220,16 +276,27 @@ def run(flags, demo):
             demo.transformation(config, optimizer, 0.0)
     except ValueError as error:
         raise demo.Problem(str(error)) from error
-    if not resumed:
-        claim(out, demo)
-    with demo.replacing(out / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2))
-    print(f"Training on {count} x {devices[0].device_kind}, into {out}/", flush=True)
+    demo.compare(config)
+    first, trouble = jax.process_index() == 0, None
+    if first:
+        try:
+            if not resumed:
+                claim(out, demo)
+            with demo.replacing(out / "config.json") as temporary:
+                temporary.write_text(json.dumps(config, indent=2))
+        except (demo.Problem, OSError) as error:
+            trouble = error
+    if demo.agreed(trouble):
+        raise trouble or demo.Problem("process 0 could not begin; it says why.")
+    if first:
+        print(
+            f"Training on {count} x {devices[0].device_kind}, into {out}/", flush=True
+        )
 
     stops = []
 
     def interrupt(*_):
-        # The first Ctrl-C ends the step that runs and saves; the second just leaves.
+        # The first Ctrl-C saves and ends within 15 steps; the second just leaves.
         stops.append(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -241,11 +308,14 @@ def run(flags, demo):
         def report(rows, earlier=earlier):
             nonlocal table
             table = earlier + rows
-            demo.write_metrics(out / "metrics.csv", table)
+            if first:
+                demo.write_metrics(out / "metrics.csv", table)
 
         finished = demo.train(config, optimizer, folder, lambda: stops, report)
         if not finished:
             break
+    if not first:
+        return 0 if finished else 130
     if table:
         demo.write_curves(out / "curves.png", table)
     if not finished:

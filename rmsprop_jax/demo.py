@@ -23,11 +23,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import rmsprop_jax
+from rmsprop_jax import sharding
 
 OPTIMIZERS = ("rmsprop", "sgd", "momentum", "adam", "adagrad")
 # Each within a factor of 3 of the best loss after 20 epochs, and steady from the first.
@@ -113,19 +115,26 @@ def train(config, optimizer, folder, stop, report):
     schedule = learning_rate(config, optimizer, steps)
     tx = transformation(config, optimizer, schedule)
 
-    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    mesh = Mesh(np.array(jax.devices()), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
-    images, labels, held_out = jax.device_put((images, labels, held_out), replicated)
+    images, labels, held_out = place((images, labels, held_out), replicated)
     graph, params = nnx.split(Reader(nnx.Rngs(config["seed"])))
-    params = jax.device_put(nnx.to_pure_dict(params), replicated)
-    zero = jax.device_put(np.float32(0), replicated)
-    state = dict(params=params, opt_state=tx.init(params), loss=zero)
+    params = place(nnx.to_pure_dict(params), replicated)
+    opt_state = tx.init(params)
+    if config["zero"]:
+        places, _ = sharding.zero(opt_state, mesh, "data")
+        opt_state = jax.jit(tx.init, out_shardings=places)(params)
+    state = dict(
+        params=params, opt_state=opt_state, loss=place(np.float32(0), replicated)
+    )
+    # Where things live is where they stay.
+    places = jax.tree.map(lambda x: x.sharding, state)
 
     def logits(params, images):
         return nnx.merge(graph, nnx.State(params))(images)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, replicated))
     def step(state, chosen):
         def loss_of(params):
             losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -146,12 +155,15 @@ def train(config, optimizer, folder, stop, report):
     checkpoints = Checkpoints(folder, dict(config, optimizer=optimizer))
     done, state, rows = checkpoints.restore(state)
     report(rows)
-    with tqdm(total=steps, initial=done, desc=optimizer, unit="step") as bar:
-        while done < steps and not stop():
+    first = jax.process_index() == 0
+    with tqdm(
+        total=steps, initial=done, desc=optimizer, unit="step", disable=not first
+    ) as bar:
+        while done < steps and not (done % 15 == 0 and agreed(stop())):
             epoch, within = divmod(done, per_epoch)
             order = shuffled(config["seed"], epoch, len(labels))
             chosen = order[within * batch :][:batch]
-            state, loss = step(state, jax.device_put(chosen, split))
+            state, loss = step(state, place(chosen, split))
             rate = float(jnp.asarray(schedule(done)))
             done += 1
             bar.update()
@@ -167,18 +179,46 @@ def train(config, optimizer, folder, stop, report):
                     float(accuracy(state["params"])),
                 )
                 rows.append(dict(zip(METRICS, values, strict=True)))
-                state["loss"] = jax.device_put(np.float32(0), replicated)
+                state["loss"] = place(np.float32(0), replicated)
                 checkpoints.save(done, state, rows)
                 report(rows)
-                bar.write(
+                text = (
                     "{optimizer}: epoch {epoch}, loss {loss:.4f}, learning rate "
-                    "{learning_rate:.2e}, held-out accuracy {accuracy:.1%}".format(
-                        **rows[-1]
-                    )
+                    "{learning_rate:.2e}, held-out accuracy {accuracy:.1%}"
                 )
+                if first:
+                    bar.write(text.format(**rows[-1]))
     if done < steps:
         checkpoints.save(done, state, rows)
     return done == steps
+
+
+def place(tree, where):
+    """Put a tree, which every process has, on the devices of all of them."""
+
+    def put(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda i: x[i])
+
+    return jax.tree.map(put, tree)
+
+
+def agreed(stop):
+    """Return whether any process wants to stop: none may leave the others alone."""
+    return bool(gather(np.array(bool(stop))).any())
+
+
+def compare(config):
+    """Refuse processes that are to do different things: they would wait for ever."""
+    digest = hashlib.sha256(repr(sorted(config.items())).encode()).digest()
+    found = gather(np.frombuffer(digest, np.uint8))
+    if (found != found[0]).any():
+        raise Problem("the processes have different flags. Start all with the same.")
+
+
+def gather(x):
+    """Return what each process has, in their order."""
+    return np.reshape(multihost_utils.process_allgather(x), (-1, *x.shape))
 
 
 class Checkpoints:
@@ -241,6 +281,8 @@ class Checkpoints:
 
 
 def _digest(state):
+    if jax.process_count() > 1:
+        state = multihost_utils.process_allgather(state, tiled=True)
     arrays = jax.tree.leaves(jax.device_get(state))
     return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
 

@@ -1,0 +1,109 @@
+"""The main job in two processes of four devices each, as on two machines."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from test_demo import finish, result, rows, start, wait_for
+
+FLAGS = ("--epochs", "2", "--momentum", "0.5", "--seed", "3", "--zero")
+LIMIT = 120
+
+
+@pytest.fixture
+def launch():
+    """Start two processes; none of them survives the test."""
+    started = []
+
+    def pair(*flags, second=()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        program = [sys.executable, "-m", "rmsprop_jax", *map(str, flags)]
+        program += ["--coordinator", address, "--processes", "2", "--process-id"]
+        environment = os.environ | dict(
+            XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"
+        )
+        started[:] = [
+            subprocess.Popen(
+                [*program, str(i), *(second if i else ())],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        return list(started)
+
+    yield pair
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def end(processes):
+    """Return the status and the outputs of both, which must end by themselves."""
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=LIMIT)
+        found.append((process.returncode, out, err))
+    return found
+
+
+def test_two_processes_are_one_run_that_survives_a_kill(launch, tmp_path):
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    (status, out, err), (other, nothing, _) = end(launch(*FLAGS, "--out", undisturbed))
+    assert (status, other) == (0, 0), err
+    assert "8 x cpu" in out and "Training" not in nothing
+
+    processes = launch(*FLAGS, "--out", folder)
+    wait_for(folder / "checkpoints" / "rmsprop" / "44", processes[0])
+    time.sleep(0.2)
+    processes[1].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    (status, *_), _ = end(processes)
+    assert status != 0 and time.monotonic() - begun < 60, "the other one ends too"
+    (status, _, err), (other, *_) = end(launch("--resume", "--out", folder))
+    assert (status, other) == (0, 0), err
+    assert result(folder) == result(undisturbed)
+
+    # One process sums in another order: the same but for some float32 ulp a step.
+    single = tmp_path / "single"
+    flags = [x for x in FLAGS if x != "--zero"]
+    status, _, err = finish(start(*flags, "--out", single, devices=8))
+    assert status == 0, err
+    for ours, theirs in zip(rows(undisturbed), rows(single), strict=True):
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
+        assert abs(float(ours["accuracy"]) - float(theirs["accuracy"])) < 0.01
+
+    # What eight devices saved, four go on with, and one.
+    for devices in (4, 1):
+        again = tmp_path / f"{devices}"
+        subprocess.run(["cp", "-r", undisturbed, again], check=True)
+        subprocess.run(
+            ["rm", "-r", again / "checkpoints" / "rmsprop" / "88"], check=True
+        )
+        process = start("--resume", "--out", again, devices=devices)
+        status, out, err = finish(process)
+        assert status == 0 and f"{devices} x cpu" in out, err
+        assert len(rows(again)) == 2
+
+
+def test_processes_that_disagree_are_told_and_do_not_wait(launch, tmp_path):
+    folder = tmp_path / "run"
+    found = end(launch(*FLAGS, "--out", folder, second=("--seed", "4")))
+    for status, _, err in found:
+        assert status == 1
+        assert "the processes have different flags" in err
+    assert not folder.exists()
+
+    folder.mkdir()
+    (folder / "mine").touch()
+    (first, _, why), (second, _, err) = end(launch(*FLAGS, "--out", folder))
+    assert (first, second) == (1, 1)
+    assert "is not empty" in why and "process 0 could not begin" in err

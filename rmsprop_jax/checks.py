@@ -191,12 +191,31 @@ def gradient(g, p, nu, mu, trace, reads_params, tree, i):
         raise ValueError(
             f"params{at()} must have shape {nu.shape} as in init, got {p.shape}."
         )
+    if not _kept(nu):
+        kinds = getattr(nu, "_asdict", lambda: {"": nu})().items()
+        found = ", ".join(f"{k} {x.dtype}{list(x.shape)}".strip() for k, x in kinds)
+        raise ValueError(
+            f"state.nu{at()} must be float32, float64, bfloat16, or a Quantized of "
+            f"uint8 codes and a float32 scale a row, got {found}. Restore a state into "
+            "what init returns, and cast it with storage.convert only."
+        )
     for other in (p, mu, trace):
         if other is not None and jnp.iscomplexobj(other) != jnp.iscomplexobj(g):
             raise ValueError(
                 f"updates{at()} is {g.dtype}, but its parameter or state is "
                 f"{other.dtype}. Both must be real, or both complex."
             )
+
+
+def _kept(nu):
+    """Say whether an array of `nu`, or a pair of codes and scale, is a known format."""
+    if not hasattr(nu, "codes"):
+        wide = jnp.issubdtype(nu.dtype, jnp.inexact) and jnp.finfo(nu.dtype).bits >= 32
+        return wide or nu.dtype == jnp.bfloat16
+    codes, scale = nu
+    rows = (*codes.shape[:-1], 1)
+    fits = scale.shape == rows if codes.dtype == jnp.uint8 else scale.size == 1
+    return fits and codes.dtype in (jnp.uint8, jnp.float32) and scale.dtype == "float32"
 
 
 def mask(mask, params, tree):

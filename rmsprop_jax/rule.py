@@ -105,7 +105,8 @@ def step(
         mu = mu + _cast(c, work) * (g - mu)
         square = _abs_sq(g - mu) / decay
     # Bounded, because an infinite nu would never decay again.
-    nu = decay * nu + c * jnp.minimum(square, jnp.finfo(real).max)
+    largest = min(jnp.finfo(real).max, jnp.finfo(kept[1]).max, key=float)
+    nu = decay * nu + c * jnp.minimum(square, float(largest))
 
     v = nu
     if bias_correction:

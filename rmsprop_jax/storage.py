@@ -14,11 +14,14 @@ bfloat16, for step t:
 
 uint8, for x >= 0 and a scale for each row along the last axis:
     scale = max(x)
-    code = round(255 * (x / scale)^(1/16)), at least 1;  0 means NaN
-    x = scale * (code / 255)^16
-  It spans all of float32, in steps of 6 % at the top and 40 % at 2^-42 of it. The 8th
-  root would be finer where the gradients of a row are of one size, and coarser where
-  they differ by e^2 and more. No offset here: it would feed back through the average.
+    code = 254 * (x / scale)^(1/16), down or up to a whole number; 255 means NaN
+    x = scale * (code / 254)^16
+  Codes are 6 % apart at the top and 40 % at 2^-42 of it. Up, if x is further from the
+  lower neighbour to the upper than the offset of the step, of 1: so x is right on
+  average here too. To the nearest, numbers of a row could not move apart again.
+
+Where one huge gradient raised an average, its row has less resolution until that has
+decayed. Derivatives through what is stored are 0.
 """
 
 import math
@@ -31,14 +34,16 @@ from jax.typing import DTypeLike
 from rmsprop_jax import checks
 
 PyTree = Any
+# Of a scale: with it, the reciprocal is a normal number too.
+LARGEST = 2.0**126
 
 
 class Quantized(NamedTuple):
     """A buffer in codes of one byte.
 
     Attributes:
-      codes: uint8; or the float32 values themselves where the array is too small to
-        gain: fewer than 4,096 elements, fewer than two axes, or rows of one element.
+      codes: uint8; or the float32 values themselves where there is little to gain: of
+        fewer than 4,096 numbers, fewer than two axes, or rows of fewer than 8.
       scale: largest number of each row; float32, like codes with a last axis of 1; of
         size 1 where codes are the values.
     """
@@ -64,31 +69,36 @@ def full(p, value, dtype, kept):
     with 0 is 0 for NaN too, and of floats it is not folded before p's sharding is seen.
     """
     none = p != p
-
-    def fill(like, dtype, value):
-        return like.astype(dtype) * 0 + jnp.asarray(value, dtype)
-
+    x = _fill(none, dtype, value)
     if kept == jnp.uint8 and _gains(p.shape):
         # Not by `store`: compilers take seconds to fold the row maximum of a constant.
-        scale = fill(none.any(axis=-1, keepdims=True), jnp.float32, value)
-        return Quantized(fill(none, jnp.float32, 255).astype(jnp.uint8), scale)
-    return store(fill(none, dtype, value), kept)
+        scale = _fill(none.any(axis=-1, keepdims=True), jnp.float32, value)
+        codes = _fill(none, jnp.float32, 254).astype(jnp.uint8)
+        return Quantized(codes, jnp.minimum(scale, LARGEST))
+    return store(x, kept)
+
+
+def _fill(like, dtype, value):
+    return like.astype(dtype) * 0 + jnp.asarray(value, dtype)
 
 
 def store(x, dtype):
     """Return an array of 32 bits or more in the format of a dtype; None: as is."""
     if dtype is None or jnp.iscomplexobj(x):
         return x
+    if dtype == jnp.bfloat16:
+        largest = float(jnp.finfo(dtype).max)
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -largest, largest), x)
     if dtype != jnp.uint8:
         return x.astype(dtype)
     x = x.astype(jnp.float32)
     if not _gains(x.shape):
-        return Quantized(x, jnp.ones((1,) * x.ndim, jnp.float32))
-    return _quantize(x)
+        return Quantized(x, _fill((x != x).any(keepdims=True), jnp.float32, 1))
+    return _quantize(x, 0.5)
 
 
 def _gains(shape):
-    return len(shape) > 1 and math.prod(shape) >= 4096 and shape[-1] > 1
+    return len(shape) > 1 and math.prod(shape) >= 4096 and shape[-1] >= 8
 
 
 def encode(x, old, t):
@@ -99,16 +109,17 @@ def encode(x, old, t):
       old: array or Quantized of arrays, or None as x then is.
       t: number of this step; int32 [].
     """
+    offset = t.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
     if isinstance(old, Quantized):
-        kept = old.codes.dtype != jnp.uint8
-        return Quantized(x, old.scale) if kept else _quantize(x)
+        if old.codes.dtype != jnp.uint8:
+            return Quantized(x, old.scale)
+        return _quantize(x, (offset >> 8).astype(jnp.float32) * 2.0**-24)
     if old is None or old.dtype != jnp.bfloat16:
         return x
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    offset = (t.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)) >> 16
     # The largest number, infinity and NaN have nothing above them to go to.
-    full = bits & 0x7FFF0000 >= 0x7F7F0000
-    bits = jnp.where(full, bits, bits + offset) & jnp.uint32(0xFFFF0000)
+    last = bits & 0x7FFF0000 >= 0x7F7F0000
+    bits = jnp.where(last, bits, bits + (offset >> 16)) & jnp.uint32(0xFFFF0000)
     # Exact now. A shift to 16 bits instead would split the kernel on TPU.
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
@@ -119,22 +130,28 @@ def decode(stored) -> Any:
         codes, scale = stored
         if codes.dtype != jnp.uint8:
             return codes
-        root = codes.astype(jnp.float32) * (1 / 255)
-        return jnp.where(codes == 0, jnp.nan, scale * root**16)
+        return jnp.where(codes == 255, jnp.nan, scale * _ratio(codes))
     if stored is None or stored.dtype != jnp.bfloat16:
         return stored
     return stored.astype(jnp.float32)
 
 
-def _quantize(x):
+def _ratio(codes):
+    """Return what codes stand for, in shares of the scale."""
+    return (codes.astype(jnp.float32) * (1 / 254)) ** 16
+
+
+def _quantize(x, offset):
     known = ~jnp.isnan(x)
-    # Bounded, because an infinite scale would lose the rest of the row, and one above
-    # 2^126 has no reciprocal.
-    x = jnp.where(known, jnp.minimum(x, 2.0**126), 0)
+    # Bounded, because an infinite scale would lose the rest of the row.
+    x = jnp.where(known, jnp.minimum(x, LARGEST), 0)
     scale = jnp.max(x, axis=-1, keepdims=True)
-    x = x * (1 / jnp.maximum(scale, 2.0**-126))
+    x = x * (1 / jnp.maximum(scale, 1 / LARGEST))
     root = jnp.sqrt(jnp.sqrt(jnp.sqrt(jnp.sqrt(x))))
-    codes = jnp.where(known, jnp.maximum(jnp.round(255 * root), 1), 0)
+    code = jnp.floor(254 * root)
+    low, high = _ratio(code), _ratio(code + 1)
+    up = x - low > offset * (high - low)
+    codes = jnp.where(known, jnp.minimum(code + up.astype(jnp.float32), 254), 255)
     return Quantized(codes.astype(jnp.uint8), scale)
 
 
@@ -146,7 +163,8 @@ def convert(
 ) -> Any:
     """Return a state in other formats; a run goes on in those its state has.
 
-    So a state from elsewhere can be made small, and a small one be made readable.
+    So a state from elsewhere can be made small, and a small one be made readable. Large
+    states are best converted under `jax.jit`.
 
     Args:
       state: RMSPropState.
@@ -154,11 +172,13 @@ def convert(
       momentum_dtype: the same for `mu` and `trace`; complex arrays stay as they are.
 
     Returns:
-      A state with the same count; a buffer in bfloat16 is rounded to nearest.
+      A state with the same count, rounded to nearest; arrays that need no change are
+      shared with `state`.
 
     Raises:
-      ValueError: if a dtype is not one of those; if `nu` is complex, as presets.torch
-        keeps it for complex parameters, and nu_dtype is bfloat16 or uint8.
+      ValueError: if a dtype is not one of those, or this is no RMSPropState; if `nu` is
+        complex, as presets.torch keeps it for complex parameters, and nu_dtype is
+        bfloat16 or uint8.
 
     Example:
       >>> import jax.numpy as jnp
@@ -171,6 +191,11 @@ def convert(
     References:
       The formats: `rmsprop_jax.storage`.
     """
+    if not (hasattr(state, "nu") and hasattr(state, "trace")):
+        raise ValueError(
+            f"state must be an RMSPropState, got {type(state).__name__}. In the state "
+            "of a chain, it is one of the elements."
+        )
     nu_dtype = checks.state_dtype("nu_dtype", nu_dtype)
     momentum_dtype = checks.state_dtype("momentum_dtype", momentum_dtype)
     checks.real_nu(nu_dtype, state.nu)

@@ -80,7 +80,8 @@ def rmsprop(
         from params to one; where False, `weight_decay` does not act.
       nu_dtype: dtype in which `nu` is kept: float32, float64, bfloat16 (2 bytes) or
         uint8 (1 byte; `nu` is then a `storage.Quantized`). None: that of the parameter,
-        but at least float32. The errors of the small ones: `rmsprop_jax.storage`.
+        but at least float32. The small ones: `rmsprop_jax.storage`. It is for `init`: a
+        run goes on in the format that its state has; `storage.convert` changes it.
       momentum_dtype: the same for `mu` and `trace`, but not uint8; complex where the
         parameter is.
 

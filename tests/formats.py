@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from rmsprop_jax import demo, rmsprop, scale_by_rms
+from rmsprop_jax import demo, rmsprop, scale_by_rms, storage
 
 FIGURE = pathlib.Path(__file__).parent.parent / ".github" / "formats.png"
 SHAPE = (4, 2048)
@@ -22,22 +22,26 @@ SHAPE = (4, 2048)
 STEPS = {0.9: 400, 0.99: 400, 0.999: 4000}
 # Of the gradients: their size, and how many e-folds it differs from weight to weight.
 SCALES = ((1.0, 1), (1e-4, 2))
-FALLS = (1, 64)
+KINDS = ("steady", "falling", "half of them falling")
 BLOCK = 100
 
 
-def gradients(decay, scale, fall):
+def gradients(decay, scale, kind):
     """Yield blocks [BLOCK, *SHAPE] of Gaussian gradients.
 
-    Their sizes differ by a log-normal factor from weight to weight, and shrink
-    exponentially by `fall` over the run. The stream of RandomState never changes.
+    Their sizes differ by a log-normal factor from weight to weight, and fall
+    exponentially by 64 over the run, all of them or every second one. The stream of
+    RandomState never changes.
     """
     random = np.random.RandomState(0)
     sizes = scale[0] * random.lognormal(sigma=scale[1], size=SHAPE)
+    every = {"steady": 0, "falling": 2, "half of them falling": 1}[kind]
+    falling = np.arange(SHAPE[-1]) % 2 < every
     for first in range(0, STEPS[decay], BLOCK):
         times = np.arange(first, first + BLOCK).reshape(-1, 1, 1) / STEPS[decay]
+        falls = np.where(falling, 64.0**-times, 1)
         noise = random.standard_normal((BLOCK, *SHAPE))
-        yield (noise * sizes * fall**-times).astype(np.float32)
+        yield (noise * sizes * falls).astype(np.float32)
 
 
 def ours(dtype):
@@ -66,11 +70,9 @@ def nearest(nu):
     return jax.lax.reduce_precision(nu, exponent_bits=8, mantissa_bits=7)
 
 
-def eighth(nu):
-    # What uint8 could be as well.
-    scale = nu.max(-1, keepdims=True)
-    root = jnp.sqrt(jnp.sqrt(jnp.sqrt(nu / scale)))
-    return scale * (jnp.maximum(jnp.round(255 * root), 1) / 255) ** 8
+def nearest_codes(nu):
+    # As storage.py has them at the start, and never after.
+    return storage.decode(storage.store(nu, jnp.uint8))
 
 
 def bitsandbytes():
@@ -94,10 +96,10 @@ def bitsandbytes():
 
 FORMATS = {
     "float32": ours(None),
-    "bfloat16, to nearest": kept(nearest, 2),
     "bfloat16": ours(jnp.bfloat16),
+    "bfloat16, to nearest": kept(nearest, 2),
     "uint8": ours(jnp.uint8),
-    "uint8, by the 8th root": kept(eighth, 1 + 4 / SHAPE[-1]),
+    "uint8, to nearest": kept(nearest_codes, 1 + 4 / SHAPE[-1]),
 }
 
 
@@ -108,7 +110,7 @@ def bytes_of(build):
     return getattr(build, "nbytes", counted)
 
 
-def errors(formats, decay, scale, fall):
+def errors(formats, decay, scale, kind):
     """Return the relative RMS error of g / sqrt(v), over all steps, of each format."""
     txs = [build(decay) for build in formats]
 
@@ -121,7 +123,7 @@ def errors(formats, decay, scale, fall):
         return jax.lax.scan(step, states, grads)
 
     states, v, squares = [tx.init(jnp.zeros(SHAPE)) for tx in txs], np.zeros(SHAPE), []
-    for grads in gradients(decay, scale, fall):
+    for grads in gradients(decay, scale, kind):
         states, updates = run(states, grads)
         exact = np.empty(grads.shape)
         for t, g in enumerate(grads.astype(np.float64)):
@@ -134,15 +136,15 @@ def errors(formats, decay, scale, fall):
 def table():
     """Print a row for each format: bytes a parameter, and errors.
 
-    A column is a decay and the spread of sizes within a row; a cell has the errors with
-    steady and with falling gradients.
+    A column is a decay and the spread of sizes within a row; a cell has the errors of
+    each kind of gradients.
     """
     formats = dict(FORMATS)
     if importlib.util.find_spec("bitsandbytes"):
         formats["bitsandbytes, 8 bit"] = bitsandbytes()
     columns = [(decay, scale) for decay in STEPS for scale in SCALES]
     found = [
-        [errors(formats.values(), *column, fall) for fall in FALLS]
+        [errors(formats.values(), *column, kind) for kind in KINDS]
         for column in columns
     ]
     names = [f"β {decay}, e^{scale[1]}" for decay, scale in columns]
@@ -151,7 +153,7 @@ def table():
     for (name, build), row in zip(
         formats.items(), np.moveaxis(found, 2, 0), strict=True
     ):
-        cells = [f"{100 * steady:.2g}, {100 * falls:.2g} %" for steady, falls in row]
+        cells = [", ".join(f"{100 * x:.2g}" for x in cell) + " %" for cell in row]
         print(f"| {name} | {bytes_of(build):.3f} | {' | '.join(cells)} |")
 
 

@@ -121,10 +121,10 @@ def train(config, optimizer, folder, stop, report):
     images, labels, held_out = place((images, labels, held_out), replicated)
     graph, params = nnx.split(Reader(nnx.Rngs(config["seed"])))
     params = place(nnx.to_pure_dict(params), replicated)
-    opt_state = tx.init(params)
+    where = replicated
     if config["zero"]:
-        places, _ = sharding.zero(opt_state, mesh, "data")
-        opt_state = jax.jit(tx.init, out_shardings=places)(params)
+        where, _ = sharding.zero(jax.eval_shape(tx.init, params), mesh, "data")
+    opt_state = jax.jit(tx.init, out_shardings=where)(params)
     state = dict(
         params=params, opt_state=opt_state, loss=place(np.float32(0), replicated)
     )

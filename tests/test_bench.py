@@ -12,7 +12,9 @@ from rmsprop_jax import bench
 
 def test_it_prints_a_table_with_every_row(monkeypatch, capsys, lenient):
     monkeypatch.setattr(sys, "argv", ["bench", "--quick"])
-    monkeypatch.setattr(bench, "trees", lambda quick: {"one": [(64, 64)] * quick})
+    monkeypatch.setattr(bench, "trees", lambda quick: {"one": [(256, 256)] * quick})
+    few = bench.many_leaves
+    monkeypatch.setattr(bench, "many_leaves", lambda name, *_: few(name, 5, 3))
     bench.main()
     table = [x for x in capsys.readouterr().out.splitlines() if x.startswith("|")]
     assert len(table) == 2 + 6 + 3 * 3

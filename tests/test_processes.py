@@ -10,7 +10,8 @@ import time
 import pytest
 from test_demo import finish, result, rows, start, wait_for
 
-FLAGS = ("--epochs", "2", "--momentum", "0.5", "--seed", "3", "--zero")
+# Few steps, as two processes on one machine are slow to talk to each other.
+FLAGS = ("--epochs", "4", "--batch-size", "256", "--momentum", "0.5", "--zero")
 LIMIT = 120
 
 
@@ -62,8 +63,7 @@ def test_two_processes_are_one_run_that_survives_a_kill(launch, tmp_path):
     assert "8 x cpu" in out and "Training" not in nothing
 
     processes = launch(*FLAGS, "--out", folder)
-    wait_for(folder / "checkpoints" / "rmsprop" / "44", processes[0])
-    time.sleep(0.2)
+    wait_for(folder / "checkpoints" / "rmsprop" / "10", processes[0])
     processes[1].send_signal(signal.SIGKILL)
     begun = time.monotonic()
     (status, *_), _ = end(processes)
@@ -80,18 +80,6 @@ def test_two_processes_are_one_run_that_survives_a_kill(launch, tmp_path):
     for ours, theirs in zip(rows(undisturbed), rows(single), strict=True):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
         assert abs(float(ours["accuracy"]) - float(theirs["accuracy"])) < 0.01
-
-    # What eight devices saved, four go on with, and one.
-    for devices in (4, 1):
-        again = tmp_path / f"{devices}"
-        subprocess.run(["cp", "-r", undisturbed, again], check=True)
-        subprocess.run(
-            ["rm", "-r", again / "checkpoints" / "rmsprop" / "88"], check=True
-        )
-        process = start("--resume", "--out", again, devices=devices)
-        status, out, err = finish(process)
-        assert status == 0 and f"{devices} x cpu" in out, err
-        assert len(rows(again)) == 2
 
 
 def test_processes_that_disagree_are_told_and_do_not_wait(launch, tmp_path):

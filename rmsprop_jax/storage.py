@@ -2,7 +2,7 @@
 
 `decode` and `encode` stand before and after the rule, one array at a time, and the rule
 does not know of them. It makes the update from the fresh average, before that is
-stored; so |u| <= 1 / sqrt(1 - decay), whatever storing loses.
+stored; so |u| <= 1 / sqrt(1 - decay) for any finite |g|^2, whatever storing loses.
 
 float32, float64:
     as they are

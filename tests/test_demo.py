@@ -83,12 +83,11 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_bits(
 ):
     folder = tmp_path / "run"
     saved = folder / "checkpoints" / "rmsprop"
-    # Killed right after the folder appears, in the first epoch, while the first
-    # checkpoint is being written, and some steps after the second.
+    # Killed in the first epoch, while the first checkpoint is being written, and some
+    # steps after the second.
     first, second = saved / "44", saved / "88"
     for path, delay, flags in (
-        (folder / "config.json", 0, (*SHORT, "--out", folder)),
-        (saved, 0.4, ("--resume", "--out", folder)),
+        (saved, 0.4, (*SHORT, "--out", folder)),
         (first, 0, ("--resume", "--out", folder)),
         (second, 0.02, ("--resume", "--out", folder)),
     ):
@@ -203,6 +202,8 @@ def test_a_run_is_never_overwritten_and_its_flags_are_kept(undisturbed, capsys):
         (["--optimizer", "adam", "--centered"], "--centered is for rmsprop, not adam"),
         (["--centered", "--decay", "0"], "centered has no meaning with decay=0"),
         (["--momentun", ".9"], "unrecognized arguments"),
+        (["--processes", "2"], "several processes need --coordinator HOST:PORT"),
+        (["--coordinator", "auto"], "or --coordinator auto and --out alone"),
     ],
 )
 def test_bad_flags_get_one_line(tmp_path, capsys, monkeypatch, arguments, words):
@@ -237,6 +238,6 @@ def test_help_explains_every_flag(capsys):
     text = capsys.readouterr().out
     for flag in (
         "optimizer learning-rate decay eps momentum centered schedule epochs "
-        "batch-size seed out resume"
+        "batch-size seed out resume zero coordinator process-id processes"
     ).split():
         assert f"--{flag}" in text

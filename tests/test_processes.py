@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_demo import finish, result, rows, start, wait_for
+from test_demo import finish, rows, start, wait_for
 
 # Few steps, as two processes on one machine are slow to talk to each other.
 FLAGS = ("--epochs", "4", "--batch-size", "256", "--momentum", "0.5", "--zero")
@@ -56,28 +56,24 @@ def end(processes):
     return found
 
 
-def test_two_processes_are_one_run_that_survives_a_kill(launch, tmp_path):
-    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
-    (status, out, err), (other, nothing, _) = end(launch(*FLAGS, "--out", undisturbed))
-    assert (status, other) == (0, 0), err
-    assert "8 x cpu" in out and "Training" not in nothing
-
+def test_two_processes_of_which_one_was_killed_are_like_one(launch, tmp_path):
+    folder, single = tmp_path / "killed", tmp_path / "single"
     processes = launch(*FLAGS, "--out", folder)
     wait_for(folder / "checkpoints" / "rmsprop" / "10", processes[0])
     processes[1].send_signal(signal.SIGKILL)
     begun = time.monotonic()
-    (status, *_), _ = end(processes)
+    (status, out, _), _ = end(processes)
+    assert "8 x cpu" in out
     assert status != 0 and time.monotonic() - begun < 60, "the other one ends too"
-    (status, _, err), (other, *_) = end(launch("--resume", "--out", folder))
+    (status, _, err), (other, out, _) = end(launch("--resume", "--out", folder))
     assert (status, other) == (0, 0), err
-    assert result(folder) == result(undisturbed)
+    assert "accuracy" not in out, "the first speaks for all"
 
     # One process sums in another order: the same but for some float32 ulp a step.
-    single = tmp_path / "single"
-    flags = [x for x in FLAGS if x != "--zero"]
-    status, _, err = finish(start(*flags, "--out", single, devices=8))
+    status, _, err = finish(start(*FLAGS, "--out", single, devices=8))
     assert status == 0, err
-    for ours, theirs in zip(rows(undisturbed), rows(single), strict=True):
+    assert len(rows(folder)) == 4
+    for ours, theirs in zip(rows(folder), rows(single), strict=True):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
         assert abs(float(ours["accuracy"]) - float(theirs["accuracy"])) < 0.01
 

@@ -33,8 +33,8 @@ MOMENTA = [dict()] + [
     for inside in BOTH
 ]
 L2, DECAY = dict(l2=0.3), dict(weight_decay=0.2)
-# Both decays or none with everything; each alone, where only it can matter.
-GRID = [a | b | c for a in CORES for b in MOMENTA for c in ({}, L2 | DECAY)]
+# Both decays with everything; each alone and none, where only that can matter.
+GRID = [a | b | L2 | DECAY for a in CORES for b in MOMENTA] + CORES
 GRID += [a | b for a in MOMENTA for b in (L2, DECAY)]
 
 

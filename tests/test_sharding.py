@@ -198,7 +198,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", ["centered_momentum", "weight_decay", "scale_by_rms"])
+@pytest.mark.parametrize("name", ["centered_momentum", "weight_decay"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
 def test_update_moves_nothing_between_devices(name, specs, kind):
@@ -227,7 +227,7 @@ def test_codes_of_whole_rows_need_no_collective_and_split_ones_a_maximum():
         assert isinstance(tx.init(x).nu, storage.Quantized)
 
 
-@pytest.mark.parametrize("name", scale.FORMATS)
+@pytest.mark.parametrize("name", ["float32", "uint8 nu, bfloat16 momentum"])
 def test_a_model_on_paper_takes_what_its_arrays_would(name):
     mesh = mesh_of(4, 2)
     params = scale.transformer(mesh, layers=1, width=64, hidden=128, words=256)

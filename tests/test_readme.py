@@ -84,7 +84,7 @@ def test_the_benchmark_is_in_it():
     rows = re.findall(
         r"^\| (?:step|direct|trace|compile).*\d\.\d\d.* \|$", README, re.M
     )
-    assert len(rows) == 15
+    assert len(rows) == 30
     assert re.search(r"^20\d\d-\d\d-\d\d, .*jax \d", README, re.M)
 
 

@@ -196,10 +196,11 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("decay", formats.STEPS)
-def test_errors_are_as_small_as_promised(decay, monkeypatch):
-    monkeypatch.setattr(formats, "SHAPE", (2, 2048))
+def test_errors_are_as_small_as_promised(decay):
     naive = []
-    for (k, scale), kind in itertools.product(enumerate(formats.SCALES), formats.KINDS):
+    # The longest only once: a wider spread adds nothing that the others do not show.
+    scales = formats.SCALES[: 1 if decay == 0.999 else None]
+    for (k, scale), kind in itertools.product(enumerate(scales), formats.KINDS):
         errors = formats.errors(formats.FORMATS.values(), decay, scale, kind)
         found = dict(zip(formats.FORMATS, 100 * errors, strict=True))
         for name, bounds in BOUNDS.items():

@@ -2,17 +2,15 @@
 
 import functools
 import itertools
-import pickle
 
-import flax.serialization
 import formats
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from test_checkpoints import through_flax, through_orbax, through_pickle
 from test_contract_mesh import COMPILED, direct
 
 from rmsprop_jax import interop, presets, rmsprop, scale_by_rms, storage
@@ -322,21 +320,6 @@ def test_state_lives_where_params_do_and_compiles_once(small, kind, wrap, conver
                 if name in scale:
                     assert scale[name].sharding.is_equivalent_to(where, p.ndim), name
     assert COMPILED[before:] == []
-
-
-def through_orbax(saved, target, folder):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "run", saved)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(folder / "run", target)
-
-
-def through_flax(saved, target, _):
-    return flax.serialization.from_bytes(target, flax.serialization.to_bytes(saved))
-
-
-def through_pickle(saved, *_):
-    return pickle.loads(pickle.dumps(saved))
 
 
 @pytest.mark.parametrize("way", [through_orbax, through_flax, through_pickle])

@@ -127,11 +127,6 @@ def state(count, buffers, to_params):
 
 def lists(state, from_params):
     """Return the buffers of a state as {field: list}, `nu` as the others keep it."""
-    if not isinstance(state, RMSPropState):
-        raise ValueError(
-            f"state must be an RMSPropState, got {type(state).__name__}. In the state "
-            "of a chain, it is one of the elements."
-        )
     buffers = jax.tree_util.tree_map_with_path(
         lambda path, x: array(f"state{jax.tree_util.keystr(path)}", x),
         storage.convert(state)._replace(count=None),

@@ -69,13 +69,12 @@ def full(p, value, dtype, kept):
     with 0 is 0 for NaN too, and of floats it is not folded before p's sharding is seen.
     """
     none = p != p
-    x = _fill(none, dtype, value)
     if kept == jnp.uint8 and _gains(p.shape):
         # Not by `store`: compilers take seconds to fold the row maximum of a constant.
         scale = _fill(none.any(axis=-1, keepdims=True), jnp.float32, value)
         codes = _fill(none, jnp.float32, 254).astype(jnp.uint8)
         return Quantized(codes, jnp.minimum(scale, LARGEST))
-    return store(x, kept)
+    return store(_fill(none, dtype, value), kept)
 
 
 def _fill(like, dtype, value):

@@ -16,7 +16,6 @@ from test_contract import TABLE, assert_close, normal
 
 from rmsprop_jax import rmsprop, sharding, storage
 
-COLLECTIVE = re.compile(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(")
 CODES = dict(nu_dtype=jnp.uint8, momentum_dtype=jnp.bfloat16)
 SHAPES = dict(kernel=(64, 128), bias=(128,), odd=(3, 5), long=(8, 1), scalar=())
 BATCH = 32
@@ -210,7 +209,7 @@ def test_update_moves_nothing_between_devices(name, specs, kind):
         tx = TABLE[name]()
         state = jax.jit(tx.init)(params)
         program = jax.jit(tx.update).lower(grads, state, params).compile()
-        assert not COLLECTIVE.findall(program.as_text())
+        assert not scale.COLLECTIVE.findall(program.as_text())
         updates, new = jax.jit(tx.update)(grads, state, params)
     for tree in (updates, *(x for x in (*state[1:], *new[1:]) if x is not None)):
         for name, x in tree.items():
@@ -223,7 +222,7 @@ def test_codes_of_whole_rows_need_no_collective_and_split_ones_a_maximum():
         where = NamedSharding(mesh, spec)
         x = jax.device_put(draw(0)["kernel"], where)
         program = jax.jit(tx.update).lower(x, tx.init(x)).compile()
-        assert COLLECTIVE.findall(program.as_text()) == expected
+        assert scale.COLLECTIVE.findall(program.as_text()) == expected
         assert isinstance(tx.init(x).nu, storage.Quantized)
 
 

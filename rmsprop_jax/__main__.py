@@ -311,7 +311,13 @@ def run(flags, demo):
             if first:
                 demo.write_metrics(out / "metrics.csv", table)
 
-        finished = demo.train(config, optimizer, folder, lambda: stops, report)
+        finished, histogram = demo.train(
+            config, optimizer, folder, lambda: stops, report
+        )
+        if first and histogram and table[len(earlier) :]:
+            path = out / "diagnostics.png"
+            rows = table[len(earlier) :]
+            demo.write_diagnostics(path, rows, histogram, config["eps"])
         if not finished:
             break
     if not first:

@@ -18,18 +18,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import rmsprop_jax
-from rmsprop_jax import sharding
+from rmsprop_jax import diagnostics, plots, sharding
 
 OPTIMIZERS = ("rmsprop", "sgd", "momentum", "adam", "adagrad")
 # Each within a factor of 3 of the best loss after 20 epochs, and steady from the first.
@@ -106,7 +107,7 @@ def train(config, optimizer, folder, stop, report):
       report: function that is given the rows so far, at the start and each epoch.
 
     Returns:
-      Whether the run is complete.
+      Whether the run is complete, and for rmsprop the histogram of its average.
     """
     (images, labels), held_out = digits()
     batch = config["batch_size"]
@@ -134,7 +135,9 @@ def train(config, optimizer, folder, stop, report):
     def logits(params, images):
         return nnx.merge(graph, nnx.State(params))(images)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, replicated))
+    kept_in = (places, replicated, replicated)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=kept_in)
     def step(state, chosen):
         def loss_of(params):
             losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -146,7 +149,8 @@ def train(config, optimizer, folder, stop, report):
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, opt_state = tx.update(grads, state["opt_state"], params)
         params = optax.apply_updates(params, updates)
-        return dict(params=params, opt_state=opt_state, loss=state["loss"] + loss), loss
+        state = dict(params=params, opt_state=opt_state, loss=state["loss"] + loss)
+        return state, loss, updates
 
     @jax.jit
     def accuracy(params):
@@ -163,7 +167,7 @@ def train(config, optimizer, folder, stop, report):
             epoch, within = divmod(done, per_epoch)
             order = shuffled(config["seed"], epoch, len(labels))
             chosen = order[within * batch :][:batch]
-            state, loss = step(state, place(chosen, split))
+            state, loss, updates = step(state, place(chosen, split))
             rate = float(jnp.asarray(schedule(done)))
             done += 1
             bar.update()
@@ -179,6 +183,13 @@ def train(config, optimizer, folder, stop, report):
                     float(accuracy(state["params"])),
                 )
                 rows.append(dict(zip(METRICS, values, strict=True)))
+                if optimizer == "rmsprop":
+                    found = diagnostics.metrics(
+                        *(updates, state["opt_state"], state["params"], rate),
+                        eps=config["eps"],
+                        per_layer=True,
+                    )
+                    rows[-1] |= {k: x.item() for k, x in jax.device_get(found).items()}
                 state["loss"] = place(np.float32(0), replicated)
                 checkpoints.save(done, state, rows)
                 report(rows)
@@ -190,7 +201,10 @@ def train(config, optimizer, folder, stop, report):
                     bar.write(text.format(**rows[-1]))
     if done < steps:
         checkpoints.save(done, state, rows)
-    return done == steps
+    histogram = None
+    if optimizer == "rmsprop":
+        histogram = jax.device_get(diagnostics.histogram(state["opt_state"]))
+    return done == steps, histogram
 
 
 def place(tree, where):
@@ -294,29 +308,42 @@ def _line(error):
 
 def write_metrics(path, rows):
     """Write the rows as CSV."""
+    names = dict.fromkeys([*METRICS, *(name for row in rows for name in row)])
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, METRICS)
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
 
 
 def write_curves(path, rows):
     """Draw loss and held-out accuracy against epochs, one line an optimizer."""
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
-        own = [row for row in rows if row["optimizer"] == optimizer]
-        epochs = [row["epoch"] for row in own]
-        percent = [100 * row["accuracy"] for row in own]
-        loss.plot(epochs, [row["loss"] for row in own], ".-")
-        accuracy.plot(epochs, percent, ".-", label=f"{optimizer}: {percent[-1]:.1f} %")
-    loss.set(xlabel="epoch", ylabel="training loss [nats]", yscale="log")
-    accuracy.set(xlabel="epoch", ylabel="held-out accuracy [%]")
-    for axes in (loss, accuracy):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    accuracy.legend(loc="lower right")
-    figure.suptitle("A GRU reading handwritten digits row by row")
+    with picture(path, "A GRU reading handwritten digits row by row", 2) as both:
+        loss, accuracy = both
+        plots.training_curves(loss, rows, "loss")
+        plots.training_curves(accuracy, rows, "accuracy")
+        loss.set(ylabel="training loss [nats]", yscale="log")
+        accuracy.set(ylabel="held-out accuracy")
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
+        for axes in both:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def write_diagnostics(path, rows, histogram, eps):
+    """Draw what RMSProp did: rates and sizes of steps by layer, its denominators."""
+    with picture(path, "What RMSProp did", 3) as (rates, ratios, denominators):
+        plots.per_layer(rates, rows)
+        plots.per_layer(ratios, rows, "update_ratio")
+        ratios.set(ylabel="RMS of the update / RMS of the array")
+        plots.denominator(denominators, histogram, eps=eps)
+
+
+@contextlib.contextmanager
+def picture(path, title, count):
+    """Give so many axes beside each other, which are written once they are drawn."""
+    figure = Figure(figsize=(5 * count, 4), layout="constrained")
+    all_axes: Any = figure.subplots(1, count)
+    yield all_axes
+    figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 

@@ -72,7 +72,14 @@ def test_defaults_reach_95_percent_within_a_minute(tmp_path):
     assert time.monotonic() - begun < 60
     assert float(rows(folder)[-1]["accuracy"]) >= 0.95
     assert len(rows(folder)) == 20
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves", "diagnostics"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    last = rows(folder)[-1]
+    assert last["nonfinite_state"] == "0"
+    # Late in the run the rate is 0, so this is a share of it.
+    steps = float(last["update_rms"]) / float(last["learning_rate"])
+    assert 0.01 < steps < 3.2, "no step is longer than the rate / sqrt(1 - decay)"
+    assert float(last["effective_learning_rate_median/rnn/cell/dense_h/kernel"]) > 0
     assert "1 x cpu" in out
     for shown in ("loss=", "lr=", "step/s", "held-out accuracy"):
         assert shown in out + err

@@ -14,8 +14,10 @@ import rmsprop_jax
 from rmsprop_jax import (
     arrange,
     checks,
+    diagnostics,
     interop,
     interop_optax,
+    plots,
     presets,
     rule,
     sharding,
@@ -24,9 +26,11 @@ from rmsprop_jax import (
 )
 
 NAMES = ["RMSPropState", "rmsprop", "scale_by_rms"]
-MODULES = ["interop", "presets", "sharding", "storage"]
+MODULES = ["diagnostics", "interop", "plots", "presets", "sharding", "storage"]
 FUNCTIONS = [rmsprop_jax.rmsprop, rmsprop_jax.scale_by_rms]
-FUNCTIONS += [storage.convert, sharding.zero]
+FUNCTIONS += [storage.convert, sharding.zero, diagnostics.metrics]
+FUNCTIONS += [diagnostics.effective_learning_rate, diagnostics.histogram]
+FUNCTIONS += [plots.training_curves, plots.per_layer, plots.denominator]
 each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
 
@@ -74,7 +78,8 @@ def test_docstring_arguments_are_the_signature(function):
     section = re.search(r"Args:\n(.*?)\n\n", doc, re.DOTALL).group(1)
     documented = re.findall(r"^  (\w+):", section, re.MULTILINE)
     assert documented == list(inspect.signature(function).parameters)
-    for name in ("Returns", "Raises", "Example", "References"):
+    returned = inspect.signature(function).return_annotation is not None
+    for name in ("Returns", "Raises", "Example", "References")[not returned :]:
         assert f"\n{name}:\n" in doc
 
 
@@ -105,7 +110,9 @@ def test_state_attributes_are_documented():
         (interop_optax, {"arrange", "storage", "transform"}),
         (interop, {"arrange", "interop_optax", "presets", "transform"}),
         (sharding, set()),
-        (rmsprop_jax, {"interop", "presets", "sharding", "storage", "transform"}),
+        (diagnostics, {"storage", "transform"}),
+        (plots, set()),
+        (rmsprop_jax, {*MODULES, "transform"}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

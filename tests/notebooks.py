@@ -1,0 +1,54 @@
+"""Run the notebooks from top to bottom; with --write, keep what they printed.
+
+`python tests/notebooks.py` runs all of them as they are, with --quick smaller ones that
+take seconds; names after it choose some.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+ALL = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+
+
+def run(name, quick, folder):
+    """Return the notebook with fresh outputs; a cell that raises is an error."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    # A notebook asks for QUICK in its first cell of code; "" means no.
+    os.environ["QUICK"] = "1" if quick else ""
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=1800, resources=resources).execute()
+    return notebook
+
+
+def tidy(notebook):
+    """Leave out what differs from run to run: times of execution, the kernel's name."""
+    notebook.metadata = dict(
+        kernelspec=dict(display_name="Python 3", language="python", name="python3"),
+        language_info=dict(name="python"),
+    )
+    for i, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{i}", {}
+
+
+def main():
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=ALL, metavar="NAME")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    flags = parser.parse_args()
+    for name in flags.names:
+        notebook = run(name, flags.quick, FOLDER)
+        print(f"{name}: {len(notebook.cells)} cells ran", flush=True)
+        if flags.write:
+            tidy(notebook)
+            nbformat.write(notebook, FOLDER / f"{name}.ipynb")
+
+
+if __name__ == "__main__":
+    main()

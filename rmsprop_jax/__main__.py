@@ -276,7 +276,7 @@ def run(flags, demo):
             demo.transformation(config, optimizer, 0.0)
     except ValueError as error:
         raise demo.Problem(str(error)) from error
-    demo.compare(config)
+    demo.compare("flags", "Start all with the same.", sorted(config.items()))
     first, trouble = jax.process_index() == 0, None
     if first:
         try:

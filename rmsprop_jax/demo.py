@@ -121,7 +121,9 @@ def train(config, optimizer, folder, stop, report):
     split = NamedSharding(mesh, PartitionSpec("data"))
     images, labels, held_out = place((images, labels, held_out), replicated)
     graph, params = nnx.split(Reader(nnx.Rngs(config["seed"])))
-    params = place(nnx.to_pure_dict(params), replicated)
+    params = nnx.to_pure_dict(params)
+    compare("models", "Give all the same program.", jax.tree.map(jnp.shape, params))
+    params = place(params, replicated)
     where = replicated
     if config["zero"]:
         where, _ = sharding.zero(jax.eval_shape(tx.init, params), mesh, "data")
@@ -222,12 +224,12 @@ def agreed(stop):
     return bool(gather(np.array(bool(stop))).any())
 
 
-def compare(config):
+def compare(what, fix, value):
     """Refuse processes that are to do different things: they would wait for ever."""
-    digest = hashlib.sha256(repr(sorted(config.items())).encode()).digest()
+    digest = hashlib.sha256(repr(value).encode()).digest()
     found = gather(np.frombuffer(digest, np.uint8))
     if (found != found[0]).any():
-        raise Problem("the processes have different flags. Start all with the same.")
+        raise Problem(f"the processes have different {what}. {fix}")
 
 
 def gather(x):

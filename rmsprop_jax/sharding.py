@@ -16,7 +16,8 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
     """Return shardings that spread a state over one axis of a mesh.
 
     Each array is divided along the axis of which a device holds the most, of those that
-    can be divided; never within the rows of uint8 codes, as these share a scale.
+    can be divided; never within the rows of uint8 codes, as these share a scale, and
+    beside such, all other arrays by rows too if they can be.
 
     Args:
       state: what `init` returns, or its shapes: `jax.eval_shape(tx.init, params)`; also
@@ -53,20 +54,22 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
             f"{axis!r}. Name the axis over which the batch is split."
         )
     whole = []
+    codes = any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
 
     def place(path, x):
         names = _names(x, mesh)
         if any(axis in each for each in names):
             return NamedSharding(mesh, PartitionSpec(*names))
-        rows = x.ndim - 1 if x.dtype == jnp.uint8 else x.ndim
+        rows = x.ndim - 1 if codes else x.ndim
         held = [
             size // math.prod(mesh.shape[name] for name in each)
             for size, each in zip(x.shape, names, strict=True)
         ]
-        divisible = [i for i in range(rows) if held[i] % mesh.shape[axis] == 0]
+        allowed = range(rows if x.dtype == jnp.uint8 else x.ndim)
+        divisible = [i for i in allowed if held[i] % mesh.shape[axis] == 0]
         if divisible and x.size:
-            largest = max(divisible, key=lambda i: held[i])
-            names[largest] += (axis,)
+            best = max(divisible, key=lambda i: (i < rows, held[i]))
+            names[best] += (axis,)
         elif x.size > 1:
             whole.append(jax.tree_util.keystr(path))
         return NamedSharding(mesh, PartitionSpec(*names))

@@ -1,6 +1,7 @@
 """The main job in two processes of four devices each, as on two machines."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,18 +21,18 @@ def launch():
     """Start two processes; none of them survives the test."""
     started = []
 
-    def pair(*flags, second=()):
+    def pair(*flags, second=(), program=("-m", "rmsprop_jax")):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        program = [sys.executable, "-m", "rmsprop_jax", *map(str, flags)]
-        program += ["--coordinator", address, "--processes", "2", "--process-id"]
+        flags = [*map(str, flags), "--coordinator", address]
+        flags += ["--processes", "2", "--process-id"]
         environment = os.environ | dict(
             XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"
         )
         started[:] = [
             subprocess.Popen(
-                [*program, str(i), *(second if i else ())],
+                [sys.executable, *program, *flags, str(i), *(second if i else ())],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -65,6 +66,8 @@ def test_two_processes_of_which_one_was_killed_are_like_one(launch, tmp_path):
     (status, out, _), _ = end(processes)
     assert "8 x cpu" in out
     assert status != 0 and time.monotonic() - begun < 60, "the other one ends too"
+    for devices in (4, 1):
+        shutil.copytree(folder, tmp_path / str(devices))
     (status, _, err), (other, out, _) = end(launch("--resume", "--out", folder))
     assert (status, other) == (0, 0), err
     assert "accuracy" not in out, "the first speaks for all"
@@ -72,6 +75,17 @@ def test_two_processes_of_which_one_was_killed_are_like_one(launch, tmp_path):
     # One process sums in another order: the same but for some float32 ulp a step.
     status, _, err = finish(start(*FLAGS, "--out", single, devices=8))
     assert status == 0, err
+    assert_same_run(folder, single)
+    # What eight devices of two processes saved goes on, on fewer and in one process.
+    for devices in (4, 1):
+        fewer = tmp_path / str(devices)
+        status, out, err = finish(start("--resume", "--out", fewer, devices=devices))
+        assert status == 0, err
+        assert f"{devices} x cpu" in out
+        assert_same_run(fewer, single)
+
+
+def assert_same_run(folder, single):
     assert len(rows(folder)) == 4
     for ours, theirs in zip(rows(folder), rows(single), strict=True):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
@@ -86,6 +100,13 @@ def test_processes_that_disagree_are_told_and_do_not_wait(launch, tmp_path):
         assert "the processes have different flags" in err
     assert not folder.exists()
 
+    # The second process has another model.
+    code = "import sys; from rmsprop_jax import __main__, demo; "
+    code += "demo.HIDDEN = 64 - 16 * ('1' == sys.argv[-1]); __main__.main()"
+    for _, _, err in end(launch(*FLAGS, "--out", folder, program=("-c", code))):
+        assert "the processes have different models" in err
+
+    shutil.rmtree(folder)
     folder.mkdir()
     (folder / "mine").touch()
     (first, _, why), (second, _, err) = end(launch(*FLAGS, "--out", folder))

@@ -129,11 +129,15 @@ def shards(where):
 
 
 def test_zero_keeps_the_rows_of_codes_whole():
-    shapes = jax.eval_shape(rmsprop(0.01, **CODES).init, draw(0))
+    shapes = jax.eval_shape(rmsprop(0.01, momentum=0.9, **CODES).init, draw(0))
     where, _ = sharding.zero(shapes, mesh_of(8), "data")
     assert where.nu.codes["kernel"].shard_shape((64, 128)) == (8, 128)
     assert where.nu.scale["kernel"].shard_shape((64, 1)) == (8, 1)
     assert where.nu.codes["bias"].shard_shape((128,)) == (16,)
+    # As the buffers of a parameter meet, they are divided alike.
+    assert where.trace["kernel"].shard_shape((64, 128)) == (8, 128)
+    wide, _ = sharding.zero(dict(c=shapes.nu, w=jnp.ones((3, 8))), mesh_of(8), "data")
+    assert wide["w"].shard_shape((3, 8)) == (3, 1)
 
 
 def test_zero_adds_to_what_is_divided_by_model():
@@ -188,6 +192,40 @@ def test_a_spread_state_restores_on_fewer_devices(kept, devices, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, saved)
     same = lambda x, s: x.sharding.is_equivalent_to(s, x.ndim)  # noqa: E731
     assert jax.tree.all(jax.tree.map(same, back, where))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_state_on_another_mesh_is_refused(kind):
+    tx, everywhere = rmsprop(0.1), P()
+    here, there = (
+        jax.device_put(draw(0), NamedSharding(mesh_of(n, kind=kind), everywhere))
+        for n in (8, 4)
+    )
+    words = "incompatible devices.*updates.*state|Mesh for all inputs should be equal"
+    with pytest.raises(ValueError, match=words):
+        tx.update(here, tx.init(there))
+    # The way out: the shardings of what init returns here.
+    where = jax.tree.map(lambda x: x.sharding, tx.init(here))
+    _, state = tx.update(here, jax.device_put(tx.init(there), where))
+    assert state.nu["kernel"].sharding.mesh.shape == {"data": 8}
+
+
+@pytest.mark.parametrize("kept", [{}, CODES], ids=["float32", "codes"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_zero_places_a_state_from_its_shapes(kind, kept):
+    mesh = mesh_of(8, kind=kind)
+    with (getattr(jax, "set_mesh", None) or jax.sharding.use_mesh)(mesh):
+        params = jax.device_put(draw(0), NamedSharding(mesh, P()))
+        tx = rmsprop(0.1, momentum=0.9, **kept)
+        where, _ = sharding.zero(jax.eval_shape(tx.init, params), mesh, "data")
+        spread = jax.jit(tx.init, out_shardings=where)(params)
+        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, spread, where))
+        update = jax.jit(tx.update, out_shardings=(None, where))
+        _, once = update(draw(1), spread, params)
+        _, twice = update(draw(2), once, params)
+        assert update._cache_size() == 1
+    whole = tx.update(draw(2), tx.update(draw(1), tx.init(draw(0)))[1])[1]
+    assert_close(twice, whole, rtol=5e-7)
 
 
 SPECS = {

@@ -12,7 +12,7 @@ import pytest
 from test_demo import finish, rows, start, wait_for
 
 # Few steps, as two processes on one machine are slow to talk to each other.
-FLAGS = ("--epochs", "4", "--batch-size", "256", "--momentum", "0.5", "--zero")
+FLAGS = ("--epochs", "3", "--batch-size", "256", "--momentum", "0.5", "--zero")
 LIMIT = 120
 
 
@@ -60,7 +60,7 @@ def end(processes):
 def test_two_processes_of_which_one_was_killed_are_like_one(launch, tmp_path):
     folder, single = tmp_path / "killed", tmp_path / "single"
     processes = launch(*FLAGS, "--out", folder)
-    wait_for(folder / "checkpoints" / "rmsprop" / "10", processes[0])
+    wait_for(folder / "checkpoints" / "rmsprop" / "5", processes[0])
     processes[1].send_signal(signal.SIGKILL)
     begun = time.monotonic()
     (status, out, _), _ = end(processes)
@@ -73,7 +73,7 @@ def test_two_processes_of_which_one_was_killed_are_like_one(launch, tmp_path):
     assert "accuracy" not in out, "the first speaks for all"
 
     # One process sums in another order: the same but for some float32 ulp a step.
-    status, _, err = finish(start(*FLAGS, "--out", single, devices=8))
+    status, _, err = finish(start(*FLAGS, "--out", single, devices=1))
     assert status == 0, err
     assert_same_run(folder, single)
     # What eight devices of two processes saved goes on, on fewer and in one process.
@@ -86,7 +86,7 @@ def test_two_processes_of_which_one_was_killed_are_like_one(launch, tmp_path):
 
 
 def assert_same_run(folder, single):
-    assert len(rows(folder)) == 4
+    assert len(rows(folder)) == 3
     for ours, theirs in zip(rows(folder), rows(single), strict=True):
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
         assert abs(float(ours["accuracy"]) - float(theirs["accuracy"])) < 0.01

@@ -257,11 +257,13 @@ def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer)
 
 def _named(tree):
     """Return the leaves of a tree by their paths, without those of no numbers."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if getattr(x, "dtype", None) != jax.dtypes.float0 and np.size(x)
-    }
+    named = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if getattr(x, "dtype", None) != jax.dtypes.float0 and np.size(x):
+            # A variable of NNX has one step more, to its value.
+            named[name.removesuffix("/value")] = x
+    return named
 
 
 def _average(stored):

@@ -139,7 +139,7 @@ def denominator(
     if used.size:
         axes.set_xlim(used.min() / 10, used.max() * 10)
     if share[0]:
-        axes.plot([], [], " ", label=f"0: {share[0]:.3g} %")
+        axes.plot([], [], " ", label=f"exactly 0: {share[0]:.3g} %")
     axes.set_xscale("log")
     axes.set(xlabel="square root of nu [units of the gradient]")
     axes.set(ylabel="coordinates [% a bin]")

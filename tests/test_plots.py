@@ -70,7 +70,7 @@ def test_the_denominator_is_drawn_with_eps_beside_it(axes, eps_in_sqrt):
     assert found == {0.0178: 25.0, 1.7783: 62.5}
     (line, zero) = axes.lines
     assert line.get_xdata()[0] == pytest.approx(1e-4 if eps_in_sqrt else 1e-8)
-    assert zero.get_label() == "0: 12.5 %"
+    assert zero.get_label() == "exactly 0: 12.5 %"
     low, high = axes.get_xlim()
     assert low < line.get_xdata()[0] and high > 2.1
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,51 +86,44 @@ def test_defaults_reach_95_percent_within_a_minute(tmp_path):
         assert shown in out + err
 
 
-def test_killed_at_any_moment_and_resumed_ends_with_the_same_bits(
+def test_killed_or_stopped_at_any_moment_it_ends_with_the_same_bits(
     undisturbed, tmp_path
 ):
     folder = tmp_path / "run"
     saved = folder / "checkpoints" / "rmsprop"
-    # Killed in the first epoch, while the first checkpoint is being written, and some
-    # steps after the second.
-    first, second = saved / "44", saved / "88"
+    # In the first epoch, and while the first checkpoint is being written.
     for path, delay, flags in (
         (saved, 0.4, (*SHORT, "--out", folder)),
-        (first, 0, ("--resume", "--out", folder)),
-        (second, 0.02, ("--resume", "--out", folder)),
+        (saved / "44", 0, ("--resume", "--out", folder)),
     ):
         process = start(*flags)
         wait_for(path, process)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         finish(process)
-    status, _, err = finish(start("--resume", "--out", folder))
-    assert status == 0, err
-    assert result(folder) == result(undisturbed)
 
-
-def test_control_c_saves_within_an_epoch_and_says_how_to_go_on(undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*SHORT, "--out", folder)
-    wait_for(folder / "checkpoints" / "rmsprop" / "44", process)
+    # Ctrl-C saves, and says how to go on.
+    process = start("--resume", "--out", folder)
+    wait_for(saved / "88", process)
     process.send_signal(signal.SIGINT)
     status, out, err = finish(process)
     assert status == 130, err
     assert f"python -m rmsprop_jax --resume --out {folder}" in out
     assert "Traceback" not in err
-    status, out, err = finish(start("--resume", "--out", folder))
+
+    status, _, err = finish(start("--resume", "--out", folder))
     assert status == 0, err
     assert result(folder) == result(undisturbed)
 
 
-def test_all_optimizers_train_on_eight_devices(tmp_path):
+def test_all_optimizers_train_on_all_devices(tmp_path):
     folder = tmp_path / "run"
     process = start(
-        "--optimizer", "all", "--epochs", 1, "--out", folder, devices=8, cwd=tmp_path
+        "--optimizer", "all", "--epochs", 1, "--out", folder, devices=4, cwd=tmp_path
     )
     status, out, err = finish(process)
     assert status == 0, err
-    assert "8 x cpu" in out
+    assert "4 x cpu" in out
     found = {row["optimizer"]: float(row["accuracy"]) for row in rows(folder)}
     assert found.keys() == {"rmsprop", "sgd", "momentum", "adam", "adagrad"}
     assert min(found.values()) > 0.3, "chance is 0.1"
@@ -147,37 +141,59 @@ def refused(capsys, *arguments):
     return message
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
+# In a process of its own: Orbax leaves threads behind that fail when it is long over.
+RESUME_ALL = """
+import sys
+from rmsprop_jax.__main__ import main
+for folder in sys.argv[1:]:
+    try:
+        main(["--resume", "--out", folder])
+    except SystemExit as stopped:
+        print(stopped.code)
+"""
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_still_resumes(
-    undisturbed, tmp_path, damage, capsys
+    undisturbed, tmp_path
 ):
-    folder = tmp_path / "run"
-    subprocess.run(["cp", "-r", undisturbed, folder], check=True)
-    checkpoints = folder / "checkpoints" / "rmsprop"
-    last, before = checkpoints / "176", checkpoints / "132"
-    kept = {x: x.read_bytes() for x in before.rglob("*") if x.is_file()}
-    data = max(last.rglob("*"), key=lambda x: x.stat().st_size if x.is_file() else 0)
-    content = bytearray(data.read_bytes())
-    if damage == "removed":
-        data.unlink()
-    elif damage == "truncated":
-        data.write_bytes(content[: len(content) // 2])
-    else:
-        content[len(content) // 2] ^= 255
-        data.write_bytes(content)
-    message = refused(capsys, "--resume", "--out", folder)
-    assert str(last) in message and "damaged" in message and "Delete" in message
-    assert kept == {x: x.read_bytes() for x in before.rglob("*") if x.is_file()}
-    if damage == "altered":
-        subprocess.run(["rm", "-r", last], check=True)
-        status, _, err = finish(start("--resume", "--out", folder))
-        assert status == 0, err
-        assert result(folder) == result(undisturbed)
+    folders = {damage: tmp_path / damage for damage in ("cut", "altered", "removed")}
+    kept = {}
+    for damage, folder in folders.items():
+        shutil.copytree(undisturbed, folder)
+        saved = folder / "checkpoints" / "rmsprop"
+        before = [x for x in (saved / "132").rglob("*") if x.is_file()]
+        kept |= {x: x.read_bytes() for x in before}
+        files = [x for x in (saved / "176").rglob("*") if x.is_file()]
+        data = max(files, key=lambda x: x.stat().st_size)
+        content = bytearray(data.read_bytes())
+        if damage == "removed":
+            data.unlink()
+        elif damage == "cut":
+            data.write_bytes(content[: len(content) // 2])
+        else:
+            content[len(content) // 2] ^= 255
+            data.write_bytes(content)
+    command = [sys.executable, "-c", RESUME_ALL, *map(str, folders.values())]
+    flags = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, env=os.environ | flags, capture_output=True, text=True, timeout=120
+    )
+    messages = [line for line in done.stdout.splitlines() if "error" in line]
+    for folder, message in zip(folders.values(), messages, strict=True):
+        last = folder / "checkpoints" / "rmsprop" / "176"
+        assert f"checkpoint {last} is damaged" in message and "Delete" in message
+    assert kept == {x: x.read_bytes() for x in kept}
+
+    folder = folders["altered"]
+    shutil.rmtree(folder / "checkpoints" / "rmsprop" / "176")
+    status, _, err = finish(start("--resume", "--out", folder))
+    assert status == 0, err
+    assert result(folder) == result(undisturbed)
 
 
 def test_checkpoint_of_another_run_is_refused(undisturbed, tmp_path, capsys):
     folder = tmp_path / "run"
-    subprocess.run(["cp", "-r", undisturbed, folder], check=True)
+    shutil.copytree(undisturbed, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"decay": 0.5}))
     message = refused(capsys, "--resume", "--out", folder)

@@ -63,7 +63,8 @@ def from_torch(
         `presets.sb3` for Stable-Baselines3's.
 
     Returns:
-      The transformation, with the numbers of the parameter group, and its state. Its
+      The transformation, with the numbers of the parameter group, and its state. They
+      belong together: under `rmsprop`, PyTorch's buffers mean something else. The
       count is the largest step of any parameter. Groups with different numbers are
       converted each alone, with `optax.MaskedNode()` in the places of the others, and
       joined: the state of `optax.partition(optimizers, labels)` is that of its `init`,

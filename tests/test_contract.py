@@ -69,9 +69,9 @@ def types(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type, x.sharding), tree)
 
 
-def assert_close(tree, other, rtol=2e-6, atol=1e-7):
+def assert_close(tree, other, rtol=2e-6, atol=1e-7, err_msg=""):
     # A few float32 ulp a step: compilers fuse multiply and add as they like.
-    close = partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
+    close = partial(np.testing.assert_allclose, rtol=rtol, atol=atol, err_msg=err_msg)
     assert jax.tree.structure(tree) == jax.tree.structure(other)
     jax.tree.map(close, tree, other)
 
@@ -105,28 +105,45 @@ def test_update_changes_no_types(build):
     assert jax.tree.map(lambda x: x.weak_type, state.count) is False
 
 
-@every
-def test_scan_equals_a_loop(build):
-    tx, params = build(), normal(0)
+# Below, all in one program where one for each would add nothing but its compiling.
+TXS = {name: build() for name, build in TABLE.items()}
+
+
+def init_all(params):
+    return {name: tx.init(params) for name, tx in TXS.items()}
+
+
+def step_all(params, states, grads):
+    """Return new parameters and states of each configuration, from those of each."""
+    new = {}
+    for name, tx in TXS.items():
+        updates, state = tx.update(grads, states[name], params[name])
+        new[name] = optax.apply_updates(params[name], updates), state
+    return [{name: x[k] for name, x in new.items()} for k in (0, 1)]
+
+
+def test_scan_equals_a_loop():
+    params = normal(0)
     grads = jax.tree.map(lambda *x: jnp.stack(x), *map(normal, (1, 2, 3)))
 
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    carry, _ = jax.lax.scan(step, (params, tx.init(params)), grads)
-    assert_close(carry, run(tx, params))
+    step = lambda carry, g: (step_all(*carry, g), None)  # noqa: E731
+    start = [dict.fromkeys(TXS, params), init_all(params)]
+    (ends, states), _ = jax.lax.scan(step, start, grads)
+    for name, tx in TXS.items():
+        assert_close((ends[name], states[name]), run(tx, params), err_msg=name)
 
 
-@every
 @pytest.mark.parametrize("taken", [True, False])
-def test_update_is_a_branch_of_cond(build, taken):
-    tx, params, grads = build(), normal(0), normal(1)
-    state = tx.init(params)
-    step = lambda: tx.update(grads, state, params)  # noqa: E731
-    skip = lambda: (jax.tree.map(jnp.zeros_like, grads), state)  # noqa: E731
-    assert_close(jax.lax.cond(taken, step, skip), step() if taken else skip())
+def test_update_is_a_branch_of_cond(taken):
+    params, grads = normal(0), normal(1)
+    states = init_all(params)
+    step = lambda name: TXS[name].update(grads, states[name], params)  # noqa: E731
+    skip = lambda name: (jax.tree.map(jnp.zeros_like, grads), states[name])  # noqa: E731
+    every_one = lambda branch: lambda: {name: branch(name) for name in TXS}  # noqa: E731
+    found = jax.lax.cond(taken, every_one(step), every_one(skip))
+    for name in TXS:
+        expected = step(name) if taken else skip(name)
+        assert_close(found[name], expected, err_msg=name)
 
 
 @every
@@ -141,21 +158,15 @@ def test_nothing_is_transferred(build):
             update(grads, later, params)
 
 
-@every
-def test_params_and_state_can_be_donated(build):
-    tx = build()
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for init in (tx.init, jax.jit(tx.init)):
-        params = normal(0)
-        state = init(params)
-        new = step(*step(params, state, normal(1)), normal(2))
-        given = jax.tree.leaves((params, state))
-        assert all(x.is_deleted() for x in given)
+def test_params_and_state_can_be_donated():
+    step = jax.jit(step_all, donate_argnums=(0, 1))
+    for init in (init_all, jax.jit(init_all)):
+        params = {name: normal(0) for name in TXS}
+        states = init(normal(0))
+        new = step(*step(params, states, normal(1)), normal(2))
+        for name in TXS:
+            given = jax.tree.leaves((params[name], states[name]))
+            assert all(x.is_deleted() for x in given), name
         assert not any(x.is_deleted() for x in jax.tree.leaves(new))
 
 

@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_contract import assert_close, every, types
+from test_contract import TABLE, assert_close, every, types
 
 from rmsprop_jax import rmsprop
 
 
 @every
-@pytest.mark.parametrize("flip", [False, True], ids=["own_dtype", "other_dtype"])
-def test_one_tree_may_mix_dtypes(build, flip, x64):
+def test_one_tree_may_mix_dtypes(build, x64):
     names = ["bfloat16", "float32", "float16", "float64", "complex64"]
-    params = {name: jnp.ones(3, name) for name in names}
-    swapped = dict(bfloat16="float32", float32="bfloat16") if flip else {}
-    grads = {name: jnp.full(3, 0.5, swapped.get(name, name)) for name in names}
-    wide = dict.fromkeys(names, "float32") | {"float64": "float64"}
+    own = {name: (name, name) for name in names}
+    other = dict(narrow=("bfloat16", "float32"), wide=("float32", "bfloat16"))
+    params = {name: jnp.ones(3, p) for name, (p, _) in (own | other).items()}
+    grads = {name: jnp.full(3, 0.5, g) for name, (_, g) in (own | other).items()}
+    wide = dict.fromkeys(params, "float32") | {"float64": "float64"}
     signed = wide | {"complex64": "complex64"}
 
     tx = build()
@@ -49,23 +49,28 @@ def test_state_dtypes_are_as_asked(dtype, x64):
     assert types(new) == types(state)
 
 
-@every
-def test_numpy_float64_is_taken_as_float32_without_a_warning(build):
+def assert_same_inside_jit(params):
+    """Compare direct updates of NumPy or Python numbers with those under jit."""
+    txs = {name: build() for name, build in TABLE.items()}
+    states = {name: tx.init(params) for name, tx in txs.items()}
+
+    # Closed over, they reach update as they are even under jit.
+    @jax.jit
+    def inside(states):
+        return {k: tx.update(params, states[k], params) for k, tx in txs.items()}
+
+    for name, found in inside(states).items():
+        expected = txs[name].update(params, states[name], params)
+        assert_close(found, expected, err_msg=name)
+    return states
+
+
+def test_numpy_float64_is_taken_as_float32_without_a_warning():
     # As jnp.asarray does while x64 is off; NumPy makes float64 unless told.
-    params = dict(w=np.ones((2, 3)), b=np.ones(()))
-    tx = build()
-    state = tx.init(params)
-    assert {x.dtype.name for x in state.nu.values()} == {"float32"}
-    expected = tx.update(params, state, params)
-    # Closed over, they reach update as NumPy arrays even under jit.
-    inside = jax.jit(lambda state: tx.update(params, state, params))(state)
-    assert_close(inside, expected)
+    states = assert_same_inside_jit(dict(w=np.ones((2, 3)), b=np.ones(())))
+    for state in states.values():
+        assert {x.dtype.name for x in state.nu.values()} == {"float32"}
 
 
-@every
-def test_python_numbers_are_leaves(build):
-    tx, params = build(), [1.0, 2.0]
-    state = tx.init(params)
-    expected = tx.update(params, state, params)
-    inside = jax.jit(lambda state: tx.update(params, state, params))(state)
-    assert_close(inside, expected)
+def test_python_numbers_are_leaves():
+    assert_same_inside_jit([1.0, 2.0])

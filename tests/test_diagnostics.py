@@ -78,11 +78,14 @@ def assert_metrics(found, wanted):
         np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kept", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("eps_in_sqrt", [True, False])
+# In turn, as a format is read before eps meets it.
+@pytest.mark.parametrize(
+    ("kept", "eps_in_sqrt"),
+    [("float32", True), ("float32", False), ("bfloat16", True), ("uint8", False)],
+)
 def test_metrics_are_those_of_numpy(kept, eps_in_sqrt):
     forms = dict(eps=1e-4, eps_in_sqrt=eps_in_sqrt)
-    tx = rmsprop(0.1, centered=True, momentum=0.9, **kept, **forms)
+    tx = rmsprop(0.1, centered=True, momentum=0.9, **FORMATS[kept], **forms)
     _, updates, state, params = stepped(tx)
     found = diagnostics.metrics(updates, state, params, 0.1, **forms, per_layer=True)
     assert found["step"] == 2
@@ -185,7 +188,7 @@ def test_the_state_is_found_wherever_it_sits(put):
     assert_metrics(found, expected(updates, own, params, 0.1, 1e-8, True))
 
 
-@pytest.mark.parametrize("kept", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kept", [{}, FORMATS["uint8"]], ids=["float32", "uint8"])
 def test_an_nnx_optimizer_is_read(kept, lenient):
     model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, rmsprop(0.1, **kept), wrt=nnx.Param)
@@ -228,7 +231,7 @@ def test_what_is_masked_frozen_or_empty_is_left_out():
     }
 
 
-@pytest.mark.parametrize("kept", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kept", [{}, FORMATS["uint8"]], ids=["float32", "uint8"])
 def test_on_a_mesh_they_are_the_same_and_only_sums_travel(kept):
     tx = rmsprop(0.1, **kept)
     _, *single = stepped(tx)

@@ -1,5 +1,6 @@
 """The presets, without the frameworks that they are presets of."""
 
+import functools
 import inspect
 import itertools
 import json
@@ -77,19 +78,61 @@ def recorder(calls):
     return record
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_preset_goes_where_its_original_went(case, x64):
-    params, grads = parity.problem(case["dtype"])
-    if "weight_decay_mask" not in case["options"]:
+def parts(leaves, n):
+    size = len(leaves) // n
+    return [leaves[i * size : (i + 1) * size] for i in range(n)]
+
+
+def side_by_side(builds):
+    """Return one factory, whose n parts of the leaves go where those of each would.
+
+    What takes the time is to compile, and of one program that is a third of it.
+    """
+
+    def build(schedule):
+        txs = [build(schedule) for build in builds]
+
+        def init(params):
+            rows = zip(txs, parts(params, len(txs)), strict=True)
+            return [tx.init(p) for tx, p in rows]
+
+        def update(grads, states, params):
+            gs, ps = parts(grads, len(txs)), parts(params, len(txs))
+            rows = zip(txs, gs, states, ps, strict=True)
+            updates, states = zip(*(tx.update(*row) for tx, *row in rows), strict=True)
+            return [x for part in updates for x in part], list(states)
+
+        return optax.GradientTransformation(init, update)
+
+    return build
+
+
+def kind(case):
+    """Return what cases share that go side by side."""
+    return case["preset"], case["dtype"], "weight_decay_mask" in case["options"]
+
+
+@pytest.mark.parametrize(("preset", "dtype", "masked"), sorted({*map(kind, CASES)}))
+def test_preset_goes_where_its_original_went(preset, dtype, masked, x64):
+    cases = [case for case in CASES if kind(case) == (preset, dtype, masked)]
+    params, grads = parity.problem(dtype)
+    if not masked:
         # Three leaves compile for three times as long; test_parity.py has them.
         params, grads = as_one(params), [as_one(g) for g in grads]
-    build, options = PRESETS.get(case["preset"], rmsprop), case["options"]
-    path = originals.transformation(build, options, params, grads, parity.RATES)
-    found = parity.kept(parity.flat(path))
-    assert list(found) == list(case["params"]) == ["1", "75", "76", "150"]
-    for step, expected in case["params"].items():
-        # 150 steps, each off by an ulp of 2e-16 and some of the move: about 1e-13.
-        np.testing.assert_allclose(found[step], expected, rtol=0, atol=1e-12)
+    n, one = len(cases), PRESETS.get(preset, rmsprop)
+    builds = [functools.partial(one, **case["options"]) for case in cases]
+    path = originals.transformation(
+        side_by_side(builds), {}, params * n, [g * n for g in grads], parity.RATES
+    )
+    paths = zip(*(parts(leaves, n) for leaves in path), strict=True)
+    for case, own in zip(cases, paths, strict=True):
+        found = parity.kept(parity.flat(own))
+        assert list(found) == list(case["params"]) == ["1", "75", "76", "150"]
+        for step, expected in case["params"].items():
+            # 150 steps, each off by an ulp of 2e-16 and some of the move: about 1e-13.
+            np.testing.assert_allclose(
+                found[step], expected, rtol=0, atol=1e-12, err_msg=label(case)
+            )
 
 
 def test_golden_numbers_are_of_all_cases():
@@ -364,8 +407,12 @@ def test_complex_state_dtypes_are_as_asked(x64):
         }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["direct", "jit"])
+# Of real numbers, test_contract_mesh.py has all four.
+@pytest.mark.parametrize(
+    ("kind", "wrap"),
+    [(AxisType.Auto, jax.jit), (AxisType.Explicit, lambda f: f)],
+    ids=["auto_jit", "explicit_direct"],
+)
 def test_complex_state_lives_where_params_do(kind, wrap):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     specs = dict(matrix=("x", "y"), vector=("y",), scalar=())

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 NAME = "python -m rmsprop_jax"
@@ -173,6 +174,14 @@ def join(flags, demo):
             "several processes need --coordinator HOST:PORT, --process-id, --processes "
             "and --out; or --coordinator auto and --out alone."
         )
+    if not automatic:
+        port = address.rpartition(":")[2]
+        if ":" not in address or not port.isdigit() or numbers[0] >= numbers[1]:
+            raise demo.Problem(
+                "--coordinator must be HOST:PORT, and --process-id below --processes, "
+                f"got {address}, {numbers[0]} and {numbers[1]}."
+            )
+        print(f"Waiting up to 60 s for all {numbers[1]} processes", flush=True)
     import jax
 
     try:
@@ -186,8 +195,8 @@ def join(flags, demo):
         )
     except (RuntimeError, ValueError) as error:
         raise demo.Problem(
-            f"the processes did not find each other within 60 s: {error} Start all "
-            f"{numbers[1] or ''} with the same --coordinator and --processes."
+            f"the processes did not find each other: {error} Start all with the same "
+            "--coordinator and --processes, and each with its own --process-id."
         ) from error
 
 
@@ -288,6 +297,7 @@ def run(flags, demo):
             trouble = error
     if demo.agreed(trouble):
         raise trouble or demo.Problem("process 0 could not begin; it says why.")
+    demo.share(out)
     if first:
         print(
             f"Training on {count} x {devices[0].device_kind}, into {out}/", flush=True
@@ -347,10 +357,28 @@ def main(arguments=None):
         sys.exit(f"{NAME}: error: {' '.join(str(error).split())}")
 
 
+def end(status):
+    """Leave with a status or a message, as `sys.exit` does."""
+    jax = sys.modules.get("jax")
+    if status in (0, 130) or not (jax and jax.distributed.is_initialized()):
+        sys.exit(status)
+    # An orderly end would wait for the other processes, which wait for this one.
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 if __name__ == "__main__":
     # What libraries leave behind unfinished is not for the user to read.
     sys.unraisablehook = lambda _: None
     try:
-        sys.exit(main())
+        end(main())
     except KeyboardInterrupt:
-        sys.exit(f"{NAME}: stopped at once. A checkpoint that was saved is whole.")
+        end(f"{NAME}: stopped at once. A checkpoint that was saved is whole.")
+    except SystemExit as stopped:
+        end(stopped.code)
+    except Exception:
+        traceback.print_exc()
+        end(1)

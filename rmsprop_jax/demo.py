@@ -13,6 +13,7 @@ import csv
 import functools
 import hashlib
 import logging
+import math
 import os
 from typing import Any
 
@@ -119,11 +120,13 @@ def train(config, optimizer, folder, stop, report):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec("data"))
+    compare("images", "Give all the same scikit-learn.", _digest((images, labels)))
     images, labels, held_out = place((images, labels, held_out), replicated)
     graph, params = nnx.split(Reader(nnx.Rngs(config["seed"])))
     params = nnx.to_pure_dict(params)
     compare("models", "Give all the same program.", jax.tree.map(jnp.shape, params))
-    params = place(params, replicated)
+    # Drawn by one process, as they need not be alike.
+    params = place(multihost_utils.broadcast_one_to_all(params), replicated)
     where = replicated
     if config["zero"]:
         where, _ = sharding.zero(jax.eval_shape(tx.init, params), mesh, "data")
@@ -162,6 +165,11 @@ def train(config, optimizer, folder, stop, report):
     done, state, rows = checkpoints.restore(state)
     report(rows)
     first = jax.process_index() == 0
+    if first:
+        shards = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), opt_state)
+        held = jax.tree.map(lambda x, s: math.prod(s) * x.itemsize, opt_state, shards)
+        total = sum(jax.tree.leaves(held))
+        print(f"{optimizer}: {total / 1000:.1f} kB of state on a device", flush=True)
     with tqdm(
         total=steps, initial=done, desc=optimizer, unit="step", disable=not first
     ) as bar:
@@ -232,6 +240,22 @@ def compare(what, fix, value):
         raise Problem(f"the processes have different {what}. {fix}")
 
 
+def share(folder):
+    """Refuse a folder that is not one for all: each would wait for the others in it."""
+    path, token = folder / ".shared", np.frombuffer(os.urandom(16), np.uint8)
+    if jax.process_index() == 0:
+        path.write_bytes(token.tobytes())
+    written = gather(token)[0].tobytes()
+    seen = path.read_bytes() if path.exists() else b""
+    if agreed(seen != written):
+        raise Problem(
+            f"{folder} is not the same folder for all processes. Give them an --out on "
+            "a disk that they share."
+        )
+    if jax.process_index() == 0:
+        path.unlink()
+
+
 def gather(x):
     """Return what each process has, in their order."""
     return np.reshape(multihost_utils.process_allgather(x), (-1, *x.shape))
@@ -255,7 +279,7 @@ class Checkpoints:
         """Write a checkpoint beside the last one, unless this step has one."""
         if step == self.manager.latest_step():
             return
-        about = dict(config=self.config, rows=rows, digest=_digest(state))
+        about = dict(config=self.config, rows=rows, digest=_digest(_whole(state)))
         try:
             self.manager.save(
                 step,
@@ -284,7 +308,7 @@ class Checkpoints:
             state = self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))
             )["state"]
-            if about["digest"] != _digest(state):
+            if about["digest"] != _digest(_whole(state)):
                 raise ValueError("its arrays are not those that were saved")
         except Problem:
             raise
@@ -296,11 +320,16 @@ class Checkpoints:
         return step, state, about["rows"]
 
 
-def _digest(state):
-    if jax.process_count() > 1:
-        state = multihost_utils.process_allgather(state, tiled=True)
-    arrays = jax.tree.leaves(jax.device_get(state))
+def _digest(tree):
+    arrays = jax.tree.leaves(jax.device_get(tree))
     return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
+
+
+def _whole(state):
+    """Return a state whose parts several processes have."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(state, tiled=True)
+    return state
 
 
 def _line(error):

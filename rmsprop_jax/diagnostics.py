@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rmsprop_jax import storage
+from rmsprop_jax import checks, storage
 from rmsprop_jax.transform import RMSPropState
 
 PyTree = Any
@@ -33,7 +33,8 @@ def metrics(
     """Return what the last step did, as one flat dict of scalars for a logger.
 
     For use under `jax.jit`, in the step itself, or after it. One call reads `nu` about
-    35 times: on a CPU, or with large models, call it every so many steps.
+    35 times and, on a CPU, takes five times its memory for a while: call it every so
+    many steps.
 
     Args:
       updates: what `update` returned; or parameters after the step less those before
@@ -43,28 +44,29 @@ def metrics(
       params: parameters, before or after the step.
       learning_rate: what `rmsprop` was given: a number, or a schedule, whose value for
         the last step is used. None leaves out what depends on it.
-      eps: what `rmsprop` was given.
-      eps_in_sqrt: what `rmsprop` was given.
+      eps: what `rmsprop` was given; of a preset, what its signature says.
+      eps_in_sqrt: what `rmsprop` was given; False for `presets.torch`.
       per_layer: also for each array on its own, as `name/path/of/the/array`.
 
     Returns:
-      float32 [] each, but for counts, which are int32 []:
-        step: steps taken.
+      float32 [] each, over the arrays that have a `nu`:
+        step: steps taken; int32 [].
         learning_rate: of the last step.
-        update_rms: root mean square of the updates.
+        update_rms: root mean square of the updates; 0 or infinite where their squares
+          are outside of float32.
         param_rms: root mean square of the parameters.
         update_ratio: update_rms / param_rms.
         effective_learning_rate_min, _median, _max: of what a gradient was multiplied
-          by, over all coordinates: learning_rate / sqrt(nu + eps). The median is the
-          lower of two. Momentum multiplies it by up to 1 / (1 - momentum), bias
+          by, over all coordinates: learning_rate / sqrt(nu + eps). Of two medians it is
+          the higher. Momentum multiplies it by up to 1 / (1 - momentum), bias
           correction by sqrt(1 - decay^t); neither is in it.
         eps_share: share of coordinates in which eps is larger than what it is added to.
         nonfinite_updates, nonfinite_params, nonfinite_state: how many numbers are NaN
           or infinite.
 
     Raises:
-      ValueError: if `state` holds no RMSPropState or several, or `per_layer` and the
-        trees do not have the same paths.
+      ValueError: if `state` holds no RMSPropState or several, if a number is not one,
+        if two arrays have one path, or `per_layer` and the trees differ in paths.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,8 +84,8 @@ def metrics(
     state = find(state)
     if learning_rate is not None:
         learning_rate = _rate(learning_rate, state)
-    eps = jnp.asarray(eps, jnp.float32)
-    return _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer)
+    forms = (_number("eps", eps), bool(eps_in_sqrt), bool(per_layer))
+    return _metrics(updates, state, params, learning_rate, *forms)
 
 
 def effective_learning_rate(
@@ -102,12 +104,12 @@ def effective_learning_rate(
       eps_in_sqrt: what `rmsprop` was given.
 
     Returns:
-      learning_rate / sqrt(nu + eps), or learning_rate / (sqrt(nu) + eps); float32,
-      like params. Of a complex `nu` (`presets.torch`), that of the real part and that
-      of the imaginary part, as a complex number.
+      learning_rate / sqrt(nu + eps), or learning_rate / (sqrt(nu) + eps); float32, in
+      the containers of `nu`: those of params. Of a complex `nu` (`presets.torch`), that
+      of the real part and that of the imaginary part, as a complex number.
 
     Raises:
-      ValueError: if `state` holds no RMSPropState or several.
+      ValueError: if `state` holds no RMSPropState or several, or a number is not one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,7 +124,7 @@ def effective_learning_rate(
       v and eps as in `rmsprop_jax.rule`.
     """
     state = find(state)
-    lr = _rate(learning_rate, state)
+    lr, eps = _rate(learning_rate, state), _number("eps", eps)
 
     def rates(stored):
         parts = [lr * _factor(v, eps, eps_in_sqrt) for v in _average(stored)]
@@ -197,16 +199,24 @@ def _rate(learning_rate, state):
     if callable(learning_rate):
         (count,) = jax.tree.leaves(state.count)
         learning_rate = learning_rate(jnp.maximum(count - 1, 0))
-    return jnp.asarray(learning_rate, jnp.float32)
+    return _number("learning_rate", learning_rate)
+
+
+def _number(name, value):
+    return jnp.asarray(checks.number(name, value), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("eps_in_sqrt", "per_layer"))
 def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer):
     tree = storage.structure(state.nu)
     stored = storage.leaves(state.nu, tree)
-    names = _named(tree.unflatten(range(len(stored))))
+    names = _named(tree.unflatten([0.0] * len(stored)))
     nu = {k: x for k, x in zip(names, stored, strict=True) if math.prod(x.shape)}
-    updates, params = _named(updates), _named(params)
+    updates, params = (
+        # Without what another optimizer trains, or nothing does.
+        {k: x[k] for k in nu} if nu.keys() <= x.keys() else x
+        for x in (_named(updates), _named(params))
+    )
     if not (nu and updates and params):
         raise ValueError("updates, state and params must hold numbers, got none.")
 
@@ -234,7 +244,7 @@ def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer)
         found[f"update_ratio{end}"] = update_rms / param_rms
         below = eps if eps_in_sqrt else eps * eps
         share = sum(_count(v < below) for v in averages)
-        found[f"eps_share{end}"] = share / sum(v.size for v in averages)
+        found[f"eps_share{end}"] = share / float(sum(v.size for v in averages))
         if learning_rate is None:
             continue
         for name, v in (
@@ -250,19 +260,21 @@ def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer)
         ("params", params.values()),
         ("state", map(storage.decode, buffers)),
     ):
-        bad = (jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) for x in arrays)
-        found[f"nonfinite_{name}"] = sum(bad, jnp.int32(0))
+        found[f"nonfinite_{name}"] = sum(_count(~jnp.isfinite(x)) for x in arrays)
     return found
 
 
 def _named(tree):
-    """Return the leaves of a tree by their paths, without those of no numbers."""
+    """Return the numbers of a tree by their paths: no integers, nothing of size 0."""
     named = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
+            path = path[:-1]  # A variable of NNX has one step more, to its value.
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if getattr(x, "dtype", None) != jax.dtypes.float0 and np.size(x):
-            # A variable of NNX has one step more, to its value.
-            named[name.removesuffix("/value")] = x
+        if name in named:
+            raise ValueError(f"two arrays have the path {name}. Rename one of them.")
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and np.size(x):
+            named[name] = x
     return named
 
 
@@ -279,7 +291,7 @@ def _factor(v, eps, eps_in_sqrt):
 
 def _rms(arrays):
     squares = (jnp.square(jnp.abs(x).astype(jnp.float32)) for x in arrays)
-    return jnp.sqrt(sum(map(jnp.sum, squares)) / sum(map(np.size, arrays)))
+    return jnp.sqrt(sum(map(jnp.sum, squares)) / float(sum(map(np.size, arrays))))
 
 
 def _count(mask):
@@ -298,16 +310,17 @@ def _medians(groups):
         [sum(v.size for x in group for v in _average(x)) / 2 for group in groups]
     )
 
+    def below(group, guess):
+        averages = (v for x in group for v in _average(x))
+        bits = (jax.lax.bitcast_convert_type(v, jnp.int32) for v in averages)
+        return sum(_count(x < guess) for x in bits)
+
     def add(i, bits):
         guess = bits | (1 << (30 - i))
-
-        def below(group, k):
-            averages = (v for x in group for v in _average(x))
-            bits = (jax.lax.bitcast_convert_type(v, jnp.int32) for v in averages)
-            return sum(_count(x < guess[k]) for x in bits)
-
-        fewer = jnp.stack([below(group, k) for k, group in enumerate(groups)]) < halves
+        fewer = jnp.stack(list(map(below, groups, guess))) < halves
         return jnp.where(fewer, guess, bits)
 
-    bits = jax.lax.fori_loop(0, 31, add, jnp.zeros(len(groups), jnp.int32))
+    zero = jnp.zeros(len(groups), jnp.int32)
+    # The first bit outside the loop: inside `jax.shard_map`, zeros are not like it.
+    bits = jax.lax.fori_loop(1, 31, add, add(0, zero))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -107,7 +107,8 @@ def denominator(
 
     Args:
       axes: matplotlib axes.
-      histogram: what `diagnostics.histogram(state)` returned.
+      histogram: what `diagnostics.histogram(state)` returned. NaN and infinity are not
+        in it, and so not in the shares.
       eps: what `rmsprop` was given.
       eps_in_sqrt: what `rmsprop` was given.
 
@@ -137,21 +138,21 @@ def denominator(
         axes.axvline(line, color="black", linestyle="--", label=f"{name}: {line:.1g}")
         used = np.append(used, line)
     if used.size:
+        axes.set_xscale("log")
         axes.set_xlim(used.min() / 10, used.max() * 10)
     if share[0]:
         axes.plot([], [], " ", label=f"exactly 0: {share[0]:.3g} %")
-    axes.set_xscale("log")
     axes.set(xlabel="square root of nu [units of the gradient]")
     axes.set(ylabel="coordinates [% a bin]")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
 
 
 def _with(rows, x, value):
     """Return the rows that have both keys; an empty cell of a table counts as none."""
     rows = list(rows)
-    found = [
-        row for row in rows if not {row.get(x, ""), row.get(value, "")} & {"", None}
-    ]
+    there = lambda cell: cell is not None and str(cell) != ""  # noqa: E731
+    found = [row for row in rows if there(row.get(x)) and there(row.get(value))]
     if not found:
         keys = ", ".join(dict.fromkeys(k for row in rows for k in row))
         raise ValueError(f"no row has {x} and {value}; there are: {keys or 'no rows'}.")

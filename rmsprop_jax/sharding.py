@@ -57,9 +57,9 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
     codes = any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
 
     def place(path, x):
-        names = _names(x, mesh)
+        names, memory = _placed(x, mesh)
         if any(axis in each for each in names):
-            return NamedSharding(mesh, PartitionSpec(*names))
+            return x.sharding
         rows = x.ndim - 1 if codes else x.ndim
         held = [
             size // math.prod(mesh.shape[name] for name in each)
@@ -72,16 +72,17 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
             names[best] += (axis,)
         elif x.size > 1:
             whole.append(jax.tree_util.keystr(path))
-        return NamedSharding(mesh, PartitionSpec(*names))
+        return NamedSharding(mesh, PartitionSpec(*names), memory_kind=memory)
 
     return jax.tree_util.tree_map_with_path(place, state), whole
 
 
-def _names(x, mesh):
-    """Return for each axis of an array the names of those that divide it on a mesh."""
-    spec = ()
+def _placed(x, mesh):
+    """Return for each axis of an array the names that divide it, and its memory."""
+    spec, memory = (), None
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
-        spec = sharding.spec
+        spec, memory = sharding.spec, sharding.memory_kind
     spec = [*spec, *[None] * (x.ndim - len(spec))]
-    return [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    names = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    return names, memory

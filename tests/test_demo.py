@@ -15,7 +15,7 @@ import pytest
 from rmsprop_jax import demo
 from rmsprop_jax.__main__ import main
 
-SHORT = ("--epochs", "4", "--momentum", "0.5", "--seed", "3")
+SHORT = ("--epochs", "4", "--momentum", "0.5", "--seed", "3", "--eps", "1e-6")
 
 
 def start(*arguments, devices=1, cwd=None):
@@ -62,6 +62,8 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     status, out, err = finish(start(*SHORT, "--out", folder))
     assert status == 0, out + err
+    # With eps = 1e-6, it outweighs more of the average.
+    assert float(rows(folder)[0]["eps_share"]) > 0.1
     return folder
 
 
@@ -76,7 +78,11 @@ def test_defaults_reach_95_percent_within_a_minute(tmp_path):
     for name in ("curves", "diagnostics"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     last = rows(folder)[-1]
-    assert last["nonfinite_state"] == "0"
+    assert float(last["nonfinite_state"]) == 0
+    assert float(last["loss"]) < 0.01 < float(rows(folder)[0]["loss"]), (
+        "each epoch's own"
+    )
+    assert float(rows(folder)[0]["eps_share"]) < 0.05
     # Late in the run the rate is 0, so this is a share of it.
     steps = float(last["update_rms"]) / float(last["learning_rate"])
     assert 0.01 < steps < 3.2, "no step is longer than the rate / sqrt(1 - decay)"

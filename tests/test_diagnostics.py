@@ -12,8 +12,16 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 
-from rmsprop_jax import diagnostics, presets, rmsprop, scale_by_rms, storage
+from rmsprop_jax import (
+    diagnostics,
+    plots,
+    presets,
+    rmsprop,
+    scale_by_rms,
+    storage,
+)
 
 SHAPES = dict(kernel=(64, 128), bias=(128,), odd=(3, 5), scalar=())
 FORMATS = {
@@ -291,3 +299,103 @@ def test_what_cannot_be_read_is_named():
         diagnostics.metrics({"w": params["odd"]}, state, params, per_layer=True)
     with pytest.raises(ValueError, match="must hold numbers, got none"):
         diagnostics.metrics({}, rmsprop(0.1).init({}), {})
+
+
+def test_models_of_more_numbers_than_int32_has_are_counted():
+    large = jax.ShapeDtypeStruct((2**17, 2**15), jnp.float32)
+    state = jax.eval_shape(rmsprop(0.1, nu_dtype=jnp.uint8).init, large)
+    found = jax.eval_shape(diagnostics.metrics, large, state, large, jnp.float32(0.1))
+    assert {x.dtype for k, x in found.items() if k != "step"} == {jnp.dtype("float32")}
+
+
+def test_each_part_of_a_shard_map_may_be_measured():
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+
+    def measure(g):
+        updates, state = scale_by_rms().update(g, scale_by_rms().init(g))
+        found = diagnostics.metrics(updates, state, g, jnp.float32(1))
+        return jax.tree.map(lambda x: x[None], found)
+
+    parts = jax.jit(
+        jax.shard_map(measure, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    )
+    g = draw(1)["kernel"]
+    found = parts(g)
+    for i, part in enumerate(np.split(np.asarray(g), 8)):
+        rates = 1 / np.sqrt(0.1 * np.square(part.ravel(), dtype="float64") + 1e-8)
+        median = np.sort(rates)[rates.size // 2]
+        name = "effective_learning_rate_median"
+        np.testing.assert_allclose(found[name][i], median, rtol=1e-5)
+
+
+def test_what_another_optimizer_trains_is_not_in_it():
+    params = {"a": jnp.ones((4, 4)), "b": jnp.full((5,), 100.0)}
+    labels = {"a": "rms", "b": "frozen"}
+    kinds = {"rms": rmsprop(0.1), "frozen": optax.set_to_zero()}
+    tx = optax.partition(kinds, labels)
+    updates, state = tx.update(params, tx.init(params), params)
+    found = diagnostics.metrics(updates, state, params, 0.1, per_layer=True)
+    np.testing.assert_allclose(found["update_ratio"], found["update_ratio/a"])
+    np.testing.assert_allclose(found["param_rms"], 1)
+
+
+def test_a_fresh_state_has_the_first_learning_rate():
+    params = draw(0)
+    found = diagnostics.metrics(params, rmsprop(falling).init(params), params, falling)
+    np.testing.assert_allclose(found["learning_rate"], 0.1)
+
+
+def test_small_complex_and_whole_numbers_are_measured_or_left_out():
+    tiny = {"h": jnp.full((3,), 2.0**-10, "bfloat16"), "z": jnp.full((3,), 3e-3j)}
+    state = rmsprop(0.1).init(tiny)
+    more = tiny | {"count": jnp.arange(4), "key": jax.random.key(0)}
+    more["none"] = np.zeros(2, jax.dtypes.float0)
+    found = diagnostics.metrics(tiny, state, more, 0.1, per_layer=True)
+    expected = np.sqrt((2.0**-20 + 9e-6) / 2)
+    np.testing.assert_allclose(found["param_rms"], expected, rtol=1e-6)
+    np.testing.assert_allclose(found["update_rms/z"], 3e-3, rtol=1e-6)
+    # Without a match of paths, all that are numbers.
+    other = {"x": tiny["h"], "n": jnp.arange(4)}
+    found = diagnostics.metrics(other, state, tiny)
+    np.testing.assert_allclose(found["update_rms"], 2.0**-10)
+
+
+def test_paths_are_kept_apart():
+    x = jnp.ones(2)
+    head = {"head": {"value": x, "policy": x}}
+    found = diagnostics.metrics(head, rmsprop(0.1).init(head), head, per_layer=True)
+    assert {"update_rms/head/value", "update_rms/head/policy"} <= found.keys()
+    twice = {"a/b": x, "a": {"b": x}}
+    with pytest.raises(ValueError, match="two arrays have the path a/b"):
+        diagnostics.metrics(twice, rmsprop(0.1).init(twice), twice)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(learning_rate=jnp.ones(3)), r"learning_rate must be one real number"),
+        (dict(learning_rate="0.1"), "learning_rate must be a number"),
+        (dict(learning_rate=0.1, eps=None), "eps must be a number"),
+        (dict(learning_rate=0.1, eps=-1.0), r"eps must be in \[0, inf\)"),
+    ],
+)
+def test_numbers_are_checked(given, words):
+    params = draw(0)
+    state = rmsprop(0.1).init(params)
+    with pytest.raises(ValueError, match=words):
+        diagnostics.metrics(params, state, params, **given)
+    with pytest.raises(ValueError, match=words):
+        diagnostics.effective_learning_rate(state, **given)
+
+
+def test_what_was_measured_can_be_drawn():
+    _, updates, state, params = stepped(rmsprop(0.1))
+    rows = [diagnostics.metrics(updates, state, params, 0.1, per_layer=True)]
+    left, middle, right = Figure().subplots(1, 3)
+    plots.training_curves(left, rows, "update_rms", x="step")
+    plots.per_layer(middle, rows)
+    assert {x.get_label() for x in middle.lines} == set(SHAPES)
+    # And also where there is nothing but NaN.
+    state = state._replace(nu=jax.tree.map(lambda x: x * jnp.nan, state.nu))
+    plots.denominator(right, diagnostics.histogram(state), eps=0.0)
+    plots.denominator(right, diagnostics.histogram(state))

@@ -110,7 +110,7 @@ def test_state_attributes_are_documented():
         (interop_optax, {"arrange", "storage", "transform"}),
         (interop, {"arrange", "interop_optax", "presets", "transform"}),
         (sharding, set()),
-        (diagnostics, {"storage", "transform"}),
+        (diagnostics, {"checks", "storage", "transform"}),
         (plots, set()),
         (rmsprop_jax, {*MODULES, "transform"}),
     ],

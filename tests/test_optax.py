@@ -1,15 +1,7 @@
-"""Changing the import from Optax changes nothing, which Optax's own tests confirm.
-
-As a script, this file runs those tests with our functions in place of Optax's.
-"""
+"""Changing the import from Optax changes nothing; see also `optax_own.py`."""
 
 import functools
 import inspect
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +11,6 @@ import pytest
 
 import rmsprop_jax
 
-OPTAX = Path(optax.__file__).parent
-MODULES = ("alias", "transform", "float64", "sharding")
-FILES = [OPTAX / "_src" / f"{module}_test.py" for module in MODULES]
-FILES.append(OPTAX / "contrib" / "_common_test.py")
-# schedule_free_adamw is made of scale_by_rms.
-TOUCHED = ("rms", "stddev", "schedule_free_adamw")
 BOTH = (True, False)
 STEPS = 60
 CORES = [
@@ -146,87 +132,3 @@ def test_bias_correction_is_refused_where_optax_accepts_it(other):
     optax.rmsprop(0.1, bias_correction=True, **other)
     with pytest.raises(ValueError, match="bias_correction has no meaning"):
         rmsprop_jax.rmsprop(0.1, bias_correction=True, **other)
-
-
-@pytest.fixture
-def own_tests():
-    """Return a function that runs Optax's tests, in a process of their own."""
-    reason = "needs an Optax that ships its tests, without the dependency on chex"
-    pytest.importorskip("optax._src.test_utils", reason=reason)
-    if not all(path.exists() for path in FILES):
-        pytest.skip(reason)
-
-    def run(*words, **environment):
-        done = subprocess.run(
-            [sys.executable, __file__, *words],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
-
-
-def test_own_tests_of_optax_pass_with_our_functions(own_tests):
-    # Compiled with less care, which their tolerances do not see: a fifth faster.
-    found = own_tests(*TOUCHED, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
-    assert not found["failed"]
-    # 61 in Optax 0.2.8, besides those of schedule_free_adamw; later ones may have more.
-    assert len(found["passed"]) >= 61
-    for file in FILES:
-        assert any(file.name in x for x in found["passed"])
-    assert set(found["calls"]) == {"rmsprop", "scale_by_rms", "scale_by_stddev"}
-
-
-class Tally:
-    """Pytest plugin: keep the tests that a word is in, and tally how they end."""
-
-    def __init__(self, words):
-        self.words = words
-        self.ends = dict(passed={}, failed={}, skipped={})
-
-    def pytest_collection_modifyitems(self, items):
-        def text(item):
-            # absl keeps the parameters of a case here, and numbers them in its name.
-            return item.name + getattr(item.function, "__x_params_repr__", "")
-
-        items[:] = [x for x in items if any(word in text(x) for word in self.words)]
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" or not report.passed:
-            self.ends[report.outcome][report.nodeid] = True
-
-
-def replace(function, ours, module, calls):
-    """Put our function in the place of Optax's, counting its calls."""
-
-    # The tests compare names; inject_hyperparams reads the signature.
-    @functools.wraps(ours, assigned=("__doc__",))
-    def counted(*args, **kwargs):
-        calls[function] = calls.get(function, 0) + 1
-        return ours(*args, **kwargs)
-
-    counted.__name__ = function
-    setattr(optax, function, counted)
-    setattr(module, function, counted)
-
-
-def main(words):
-    from optax._src import alias, transform
-
-    calls, tally = {}, Tally(words)
-    stddev = functools.partial(rmsprop_jax.scale_by_rms, centered=True)
-    replace("rmsprop", rmsprop_jax.rmsprop, alias, calls)
-    replace("scale_by_rms", rmsprop_jax.scale_by_rms, transform, calls)
-    replace("scale_by_stddev", stddev, transform, calls)
-    options = ["-q", "-c", os.devnull, f"--rootdir={OPTAX}", "--import-mode=importlib"]
-    files = [str(path) for path in FILES]
-    pytest.main([*options, "-pno:cacheprovider", *files], plugins=[tally])
-    ends = {end: list(tests) for end, tests in tally.ends.items()}
-    print(json.dumps(ends | dict(calls=calls)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

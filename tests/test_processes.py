@@ -61,9 +61,9 @@ def test_two_processes_of_which_one_was_killed_are_like_one(launch, tmp_path):
     folder, single = tmp_path / "killed", tmp_path / "single"
     processes = launch(*FLAGS, "--out", folder)
     wait_for(folder / "checkpoints" / "rmsprop" / "5", processes[0])
-    processes[1].send_signal(signal.SIGKILL)
+    processes[0].send_signal(signal.SIGKILL)
     begun = time.monotonic()
-    (status, out, _), _ = end(processes)
+    (_, out, _), (status, _, _) = end(processes)
     assert "8 x cpu" in out
     # Two buffers of 14,666 numbers, of which 8 do not divide 10.
     assert "rmsprop: 14.7 kB of state on a device" in out

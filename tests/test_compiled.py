@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,6 +48,17 @@ CASES = {
 }
 each = pytest.mark.parametrize("case", CASES)
 FLOAT32 = [name for name, (options, *_) in CASES.items() if "nu_dtype" not in options]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncached():
+    """Keep no programs, as those for devices that are not there cannot be read back."""
+    for enabled in (False, True):
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        # JAX decides once whether it has a cache.
+        compilation_cache.reset_cache()
+        if not enabled:
+            yield
 
 
 @pytest.fixture(scope="module", params=["tpu", "gpu"])

@@ -22,14 +22,14 @@ With t = 1 at the first step and c = 1 - decay, from top to bottom:
     update = -trace
     trace  = momentum * trace + u                             not lr_in_momentum
     update = -lr * trace
-    With nesterov, `update` has in place of the new trace what the momentum line
-    makes of it once more: momentum * trace + lr * u, or momentum * trace + u.
+    With nesterov, `update` takes, in place of the new trace, the momentum line applied
+    to it once more: momentum * trace + lr * u, or momentum * trace + u.
 
     update = update - lr * weight_decay * p                   weight_decay
 
-Centered, nu is E|g|^2 - |E g|^2 rearranged: as a sum of squares it is never negative,
-where the difference of two averages cancels and gives NaN. The new mu stands in
-`square`, for (g - mu_new) = decay * (g - mu_old); so mu can be overwritten in place.
+If centered, nu is E|g|^2 - |E g|^2, rearranged as a sum of squares: it is never
+negative, where the difference of the two averages cancels and gives NaN. `square` uses
+the new mu, as g - mu_new = decay * (g - mu_old), so that mu can be updated in place.
 """
 
 from typing import Any
@@ -48,6 +48,7 @@ def step(
     t: jax.Array,
     *,
     decay,
+    one_minus_decay,
     eps,
     eps_in_sqrt: bool,
     bias_correction: bool,
@@ -57,45 +58,48 @@ def step(
     lr_in_momentum: bool = True,
     l2=None,
     weight_decay=None,
+    update_dtype=None,
 ):
-    """Return the update of one array and its new buffers.
+    """Return the update of one array and its new moving averages.
 
-    Scalars are Python floats, or arrays when they are traced. Arithmetic is in
-    float32 or wider; every output has the dtype in which its input came.
+    Hyperparameters are Python floats or scalar arrays. Arithmetic is in float32 or
+    wider.
 
     Args:
       g: gradient.
-      p: parameter, read by `l2` and `weight_decay` only; like g.
-      nu: average of squares, real; like g.
-      mu: average of g, or None when not centered; like g.
+      p: parameter, read only by `l2` and `weight_decay`; like g.
+      nu: moving average of |g|^2, real; like g.
+      mu: moving average of g, or None unless centered; like g.
       trace: momentum buffer, or None without momentum; like g.
       t: number of this step, from 1; int32 [].
-      decay: share of `nu` and `mu` that is kept, in [0, 1).
+      decay: decay rate of `nu` and `mu`, in [0, 1).
+      one_minus_decay: 1 - decay, formed before rounding to float32, where 1 - 0.999
+        is off by 5e-5.
       eps: added to the denominator.
-      eps_in_sqrt: add it inside the square root.
+      eps_in_sqrt: add `eps` inside the square root.
       bias_correction: divide `nu` by 1 - decay^t.
-      lr: learning rate, or None for the bare ratio u with its sign unchanged.
-      momentum: share of `trace` that is kept, in [0, 1), or None.
-      nesterov: look one momentum step ahead.
-      lr_in_momentum: multiply by `lr` before the trace, not after it.
+      lr: learning rate, or None to return the ratio u with the sign of g.
+      momentum: decay rate of `trace`, in [0, 1), or None.
+      nesterov: use Nesterov momentum.
+      lr_in_momentum: multiply by `lr` before the trace instead of after it.
       l2: coefficient of p in the gradient, or None.
       weight_decay: coefficient of lr * p in the update, or None.
+      update_dtype: dtype of the update; None means that of g.
 
     Returns:
-      update, nu, mu, trace.
+      update, nu, mu, trace; the last three with the dtypes they came in.
     """
-    real = np.promote_types(wide(nu.dtype), jnp.finfo(wide(g.dtype)).dtype)
+    real = np.promote_types(
+        at_least_float32(nu.dtype), jnp.finfo(at_least_float32(g.dtype)).dtype
+    )
     work = np.promote_types(real, g.dtype) if jnp.iscomplexobj(g) else real
-    kept = tuple(None if x is None else x.dtype for x in (g, nu, mu, trace))
+    output_dtypes = [update_dtype or g.dtype]
+    output_dtypes += [None if x is None else x.dtype for x in (nu, mu, trace)]
     g, p, mu, trace = (_cast(x, work) for x in (g, p, mu, trace))
-    nu = _cast(nu, real)
-
-    # Formed before rounding to `real`: in float32, 1 - 0.999 is off by 1e-5.
-    c = _cast(1 - _cast(decay), real)
-    decay, eps = _cast(decay, real), _cast(eps, real)
     lr, momentum, l2, weight_decay = (
         _cast(x, work) for x in (lr, momentum, l2, weight_decay)
     )
+    nu, decay, c, eps = (_cast(x, real) for x in (nu, decay, one_minus_decay, eps))
 
     if l2 is not None:
         g = g + l2 * p
@@ -105,18 +109,18 @@ def step(
         mu = mu + _cast(c, work) * (g - mu)
         square = _abs_sq(g - mu) / decay
     # Bounded, because an infinite nu would never decay again.
-    largest = min(jnp.finfo(real).max, jnp.finfo(kept[1]).max, key=float)
+    largest = min(jnp.finfo(real).max, jnp.finfo(output_dtypes[1]).max, key=float)
     nu = decay * nu + c * jnp.minimum(square, float(largest))
 
     v = nu
     if bias_correction:
-        # With the rounding of optax.scale_by_adam, which this equals for b1 = 0 with
-        # eps outside the root.
+        # Rounded as in optax.scale_by_adam, to which this is equal for b1 = 0 with eps
+        # outside the root.
         v = nu / (1 - jnp.asarray(decay, real) ** t.astype(real))
     if isinstance(eps, float) and eps >= jnp.finfo(real).tiny:
         u = _divide(g, v, eps, eps_in_sqrt)
     else:
-        # 0/0 is 0, and so is its derivative.
+        # 0 / 0 is 0, and so is its derivative.
         zero = v + eps == 0
         u = jnp.where(zero, 0, _divide(g, jnp.where(zero, 1, v), eps, eps_in_sqrt))
 
@@ -125,31 +129,28 @@ def step(
     elif momentum is None:
         update = -lr * u
     elif lr_in_momentum:
-        pushed = lr * u
-        trace = momentum * trace + pushed
-        update = -(momentum * trace + pushed if nesterov else trace)
+        lr_u = lr * u
+        trace = momentum * trace + lr_u
+        update = -(momentum * trace + lr_u if nesterov else trace)
     else:
         trace = momentum * trace + u
         update = -lr * (momentum * trace + u if nesterov else trace)
     if weight_decay is not None:
         update = update - lr * weight_decay * p
-    return tuple(
-        _cast(x, dtype) for x, dtype in zip((update, nu, mu, trace), kept, strict=True)
-    )
+    outputs = zip((update, nu, mu, trace), output_dtypes, strict=True)
+    return tuple(_cast(x, dtype) for x, dtype in outputs)
 
 
-def wide(dtype) -> np.dtype:
-    """Return the dtype itself, or float32 where it is narrower or not inexact."""
+def at_least_float32(dtype) -> np.dtype:
+    """Return dtype, or float32 if dtype is narrower or not inexact."""
     if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32:
         return jnp.dtype(dtype)
     return jnp.dtype(jnp.float32)
 
 
-def _cast(x, dtype=None) -> Any:
-    """Cast an array, if not to dtype then widen it; leave None and Python floats."""
-    if x is None or isinstance(x, float):
-        return x
-    return x.astype(dtype or wide(x.dtype))
+def _cast(x, dtype) -> Any:
+    """Cast an array to dtype; None and Python floats pass through."""
+    return x if x is None or isinstance(x, float) else x.astype(dtype)
 
 
 def _abs_sq(x):

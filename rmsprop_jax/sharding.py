@@ -1,34 +1,46 @@
-"""Where optimizer state lives on a mesh, if not where its parameters do.
+"""Placement of optimizer state on devices.
 
-By itself it takes each parameter's sharding. In data-parallel training those are
-replicated, and so is it; `zero` spreads it over the devices instead (ZeRO, stage 1).
+State is placed like the parameters. In data-parallel training these are replicated, and
+so is the state; `zero` shards it over the devices instead (ZeRO, stage 1).
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import (
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
+
+__all__ = ["zero"]
 
 
 def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[str]]:
-    """Return shardings that spread a state over one axis of a mesh.
+    """Return shardings that divide optimizer state over one axis of a device mesh.
 
-    Each array is divided along the axis of which a device holds the most, of those that
-    can be divided; never within the rows of uint8 codes, as these share a scale, and
-    beside such, all other arrays by rows too if they can be.
+    Each array is divided along its largest axis that the mesh axis divides. The rows of
+    uint8 codes share a scale and stay whole; in a state with codes, other arrays are
+    divided between rows too where possible.
 
     Args:
-      state: what `init` returns, or its shapes: `jax.eval_shape(tx.init, params)`; also
-        of a chain. Shardings that its arrays have on this mesh are kept, and added to.
+      state: the state of any transformation, or its shapes, as
+        `jax.eval_shape(tx.init, params)` returns them. Shardings that its arrays
+        already have on this mesh are kept and extended.
       mesh: mesh of the parameters.
-      axis: name of the mesh axis along which parameters are replicated.
+      axis: name of the mesh axis over which parameters are replicated.
 
     Returns:
-      A NamedSharding for each array of the state, for `out_shardings` and to restore
-      a checkpoint; and the key paths of the arrays of more than one number that stay
-      whole along this axis, because nothing of theirs can be divided.
+      A NamedSharding for each array, for `out_shardings` or to restore a checkpoint,
+      and the key paths of the arrays that stay replicated over this axis because it
+      divides none of their axes; scalars are not listed.
 
     Raises:
       ValueError: if the mesh has no such axis.
@@ -40,8 +52,8 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
       >>> optimizer = rmsprop(0.1)
       >>> mesh = jax.sharding.AbstractMesh((2,), ("data",))
       >>> shapes = jax.eval_shape(optimizer.init, params)
-      >>> shardings, whole = sharding.zero(shapes, mesh, "data")
-      >>> print(shardings.nu["w"].shard_shape((3, 4)), whole)
+      >>> shardings, replicated = sharding.zero(shapes, mesh, "data")
+      >>> print(shardings.nu["w"].shard_shape((3, 4)), replicated)
       (3, 2) [".nu['b']"]
 
     References:
@@ -53,36 +65,89 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
             f"axis must be one of {list(mesh.shape)}, the axes of the mesh, got "
             f"{axis!r}. Name the axis over which the batch is split."
         )
-    whole = []
-    codes = any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
+    replicated = []
+    has_codes = any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
 
     def place(path, x):
-        names, memory = _placed(x, mesh)
-        if any(axis in each for each in names):
+        axes, memory_kind = _placement(x, mesh)
+        if any(axis in names for names in axes):
             return x.sharding
-        rows = x.ndim - 1 if codes else x.ndim
-        held = [
-            size // math.prod(mesh.shape[name] for name in each)
-            for size, each in zip(x.shape, names, strict=True)
+        rows = x.ndim - 1 if has_codes else x.ndim
+        shard = [
+            size // math.prod(mesh.shape[name] for name in names)
+            for size, names in zip(x.shape, axes, strict=True)
         ]
-        allowed = range(rows if x.dtype == jnp.uint8 else x.ndim)
-        divisible = [i for i in allowed if held[i] % mesh.shape[axis] == 0]
+        candidates = range(rows if x.dtype == jnp.uint8 else x.ndim)
+        divisible = [i for i in candidates if shard[i] % mesh.shape[axis] == 0]
         if divisible and x.size:
-            best = max(divisible, key=lambda i: (i < rows, held[i]))
-            names[best] += (axis,)
+            best = max(divisible, key=lambda i: (i < rows, shard[i]))
+            axes[best] += (axis,)
         elif x.size > 1:
-            whole.append(jax.tree_util.keystr(path))
-        return NamedSharding(mesh, PartitionSpec(*names), memory_kind=memory)
+            replicated.append(jax.tree_util.keystr(path))
+        return NamedSharding(mesh, PartitionSpec(*axes), memory_kind=memory_kind)
 
-    return jax.tree_util.tree_map_with_path(place, state), whole
+    return jax.tree_util.tree_map_with_path(place, state), replicated
 
 
-def _placed(x, mesh):
-    """Return for each axis of an array the names that divide it, and its memory."""
-    spec, memory = (), None
+def _placement(x, mesh):
+    """Return the mesh axes that divide each axis of an array, and its memory kind."""
+    spec, memory_kind = (), None
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
-        spec, memory = sharding.spec, sharding.memory_kind
+        spec, memory_kind = sharding.spec, sharding.memory_kind
     spec = [*spec, *[None] * (x.ndim - len(spec))]
-    names = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
-    return names, memory
+    axes = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+    return axes, memory_kind
+
+
+def full(p, shape, value, dtype, largest=math.inf):
+    """Return an array of `value`, placed like p along the axes that both have.
+
+    Args:
+      p: array, tracer or ShapeDtypeStruct.
+      shape: shape of p, in which axes may be replaced by 1; or ().
+      value: float or scalar array.
+      dtype: dtype of the result.
+      largest: bound on `value`, besides the largest number of `dtype`.
+    """
+    if jnp.issubdtype(dtype, jnp.inexact):
+        largest = min(largest, float(jnp.finfo(dtype).max))
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
+        value = float(value)
+    if isinstance(value, Tracer) and isinstance(p, jax.ShapeDtypeStruct):
+        p = jnp.zeros(p.shape, p.dtype, device=p.sharding)
+    if isinstance(p, Tracer) or isinstance(value, Tracer):
+        return _full_like(p, value, shape, dtype, largest)
+    sharding = p.sharding
+    if isinstance(sharding, NamedSharding) and shape != p.shape:
+        spec = zip(sharding.spec, shape, p.shape, strict=False)
+        spec = [axes if new == old else None for axes, new, old in spec]
+        while spec and spec[-1] is None:
+            spec.pop()  # As compiled functions return it: a change would recompile.
+        memory_kind = sharding.memory_kind
+        sharding = NamedSharding(
+            sharding.mesh, PartitionSpec(*spec), memory_kind=memory_kind
+        )
+    elif not isinstance(sharding, NamedSharding | SingleDeviceSharding | None):
+        return _full_like(p, value, shape, dtype, largest)
+    # From the host, as a device would compile one program for each shape.
+    constant = np.asarray(min(value, largest)).astype(dtype)
+    with jax.transfer_guard("allow"):
+        if sharding is None or not getattr(p, "committed", True):
+            return jnp.array(np.broadcast_to(constant, shape))
+        shard = np.broadcast_to(constant, sharding.shard_shape(shape))
+        return jax.make_array_from_callback(shape, sharding, lambda _: shard)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "largest"))
+def _full_like(p, value, shape, dtype, largest):
+    if not shape and p.ndim:
+        return jnp.full((), value, dtype)
+    # Only what is computed from p gets its sharding. A product of floats with 0 is not
+    # folded before that; and of a bool it is 0 for NaN too.
+    nan = p != p
+    replaced = [i for i in range(p.ndim) if shape[i] != p.shape[i]]
+    nan = nan.any(axis=replaced, keepdims=True) if replaced else nan
+    wide = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
+    value = jnp.minimum(jnp.asarray(value), largest)
+    return (nan.astype(wide) * 0 + value.astype(wide)).astype(dtype)

@@ -1,51 +1,57 @@
-"""How a buffer of the state is kept: as it is, in bfloat16, or in one byte a number.
+"""Storage formats for optimizer state: float32 or float64, bfloat16, uint8.
 
-`decode` and `encode` stand before and after the rule, one array at a time, and the rule
-does not know of them. It makes the update from the fresh average, before that is
-stored; so |u| <= 1 / sqrt(1 - decay) for any finite |g|^2, whatever storing loses.
+`decode` precedes the rule and `encode_dithered` follows it, one array at a time; the
+rule knows nothing of formats. It computes the update from the new average before that
+is stored, so |u| <= 1 / sqrt(1 - decay) holds whatever storing loses.
 
 float32, float64:
-    as they are
+    stored unchanged
 
-bfloat16, for step t:
-    x = the upper 16 of the 32 bits of x + (t * 0x9E3779B9 mod 2^32) / 2^16
+bfloat16, at step t:
+    the upper 16 of the 32 bits of x + (t * 0x9E3779B9 mod 2^32) / 2^16
   Rounded to nearest, an average would freeze once it changes by less than 1/512 a step.
-  This offset, the same for all elements, visits all of [0, 65536) evenly in time.
+  The offset is the same for all elements, and is evenly distributed over the steps.
 
-uint8, for x >= 0 and a scale for each row along the last axis:
+uint8, for x >= 0, with one scale for each row (the last axis):
     scale = max(x)
-    code = 254 * (x / scale)^(1/16), down or up to a whole number; 255 means NaN
-    x = scale * (code / 254)^16
-  Codes are 6 % apart at the top and 40 % at 2^-42 of it. Up, if x is further from the
-  lower neighbour to the upper than the offset of the step, of 1: so x is right on
-  average here too. To the nearest, numbers of a row could not move apart again.
+    code  = 254 * (x / scale)^(1/16), rounded down or up; 255 means NaN
+    x     = scale * (code / 254)^16
+  Adjacent codes are 6 % apart near the scale and 40 % at 2^-42 of it. x is rounded up
+  if its distance from the lower code, as a fraction of the gap, exceeds the offset of
+  the step: the stored average is then right over time. Rounded to nearest, the elements
+  of a row could not move apart again.
 
-Where one huge gradient raised an average, its row has less resolution until that has
-decayed. Derivatives through what is stored are 0.
+A row whose average was raised by one huge gradient has less resolution until that has
+decayed.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from rmsprop_jax import checks
+from rmsprop_jax import sharding
+
+__all__ = ["Quantized", "convert"]
 
 PyTree = Any
-# Of a scale: with it, the reciprocal is a normal number too.
+# The largest scale, chosen so that its reciprocal is a normal number too.
 LARGEST = 2.0**126
 
 
 class Quantized(NamedTuple):
-    """A buffer in codes of one byte.
+    """A moving average stored as one byte per element.
 
     Attributes:
-      codes: uint8; or the float32 values themselves where there is little to gain: of
-        fewer than 4,096 numbers, fewer than two axes, or rows of fewer than 8.
-      scale: largest number of each row; float32, like codes with a last axis of 1; of
-        size 1 where codes are the values.
+      codes: uint8, like params. Arrays that would gain little (fewer than 4,096
+        elements, fewer than two axes, or rows of fewer than 8) hold float32 values
+        instead of codes.
+      scale: maximum of each row; float32, like codes with a last axis of size 1. Where
+        `codes` holds values, one element, unused.
     """
 
     codes: PyTree
@@ -53,36 +59,78 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self):
-        """Shape of the buffer of one parameter."""
+        """The shape of the stored array, where the fields are arrays, not trees."""
         return self.codes.shape
 
     @property
     def dtype(self):
-        """What `nu_dtype` was."""
+        """The `nu_dtype` of this format."""
         return jnp.dtype(jnp.uint8)
 
 
-def full(p, value, dtype, kept):
-    """Return the stored array like p in which each number is `value`, wide of dtype.
+def state_dtype(name: str, dtype: DTypeLike | None):
+    """Return the dtype of `nu_dtype` or `momentum_dtype`, or None for None."""
+    if dtype is None:
+        return None
+    allowed = [jnp.float32, jnp.float64, jnp.bfloat16]
+    # Codes have no sign, and momentum has one.
+    allowed += [jnp.uint8] if name == "nu_dtype" else []
+    names = ", ".join(jnp.dtype(x).name for x in allowed)
+    try:
+        if not isinstance(dtype, str | type | np.dtype):
+            raise TypeError
+        known = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be {names} or None, got {dtype!r}. In "
+            "optax.inject_hyperparams, list it in static_args."
+        ) from None
+    if known not in allowed:
+        raise ValueError(f"{name} must be {names} or None, got {known}.")
+    if known != jax.dtypes.canonicalize_dtype(known):
+        raise ValueError(f"{name}={known} needs jax.config.jax_enable_x64.")
+    return known
 
-    A constant has no sharding of its own; one computed from p takes p's. The product
-    with 0 is 0 for NaN too, and of floats it is not folded before p's sharding is seen.
+
+def is_supported(stored) -> bool:
+    """Return whether an array, or a pair of codes and scale, has a known format."""
+    if not isinstance(stored, Quantized):
+        floating = jnp.issubdtype(stored.dtype, jnp.inexact)
+        wide = floating and jnp.finfo(stored.dtype).bits >= 32
+        return wide or stored.dtype == jnp.bfloat16
+    codes, scale = stored
+    if codes.dtype == jnp.uint8:
+        fits = scale.shape == (*codes.shape[:-1], 1)
+    else:
+        fits = codes.dtype == jnp.float32 and scale.size == 1
+    return fits and scale.dtype == jnp.float32
+
+
+def worth_quantizing(shape) -> bool:
+    """Return whether an array of this shape is stored as codes."""
+    return len(shape) > 1 and math.prod(shape) >= 4096 and shape[-1] >= 8
+
+
+def initial(p, value, dtype, storage_dtype):
+    """Return the stored average of a parameter in which each element is `value`.
+
+    Args:
+      p: parameter, whose shape and sharding the result has.
+      value: float or scalar array.
+      dtype: dtype of the average where `storage_dtype` is None.
+      storage_dtype: dtype as `state_dtype` returns it.
     """
-    none = p != p
-    if kept == jnp.uint8 and _gains(p.shape):
-        # Not by `store`: compilers take seconds to fold the row maximum of a constant.
-        scale = _fill(none.any(axis=-1, keepdims=True), jnp.float32, value)
-        codes = _fill(none, jnp.float32, 254).astype(jnp.uint8)
-        return Quantized(codes, jnp.minimum(scale, LARGEST))
-    return store(_fill(none, dtype, value), kept)
+    if storage_dtype != jnp.uint8:
+        return sharding.full(p, p.shape, value, storage_dtype or dtype)
+    if not worth_quantizing(p.shape):
+        values = sharding.full(p, p.shape, value, jnp.float32)
+        return Quantized(values, sharding.full(p, (1,) * p.ndim, 1.0, jnp.float32))
+    scale = sharding.full(p, (*p.shape[:-1], 1), value, jnp.float32, LARGEST)
+    return Quantized(sharding.full(p, p.shape, 254.0, jnp.uint8), scale)
 
 
-def _fill(like, dtype, value):
-    return like.astype(dtype) * 0 + jnp.asarray(value, dtype)
-
-
-def store(x, dtype):
-    """Return an array of 32 bits or more in the format of a dtype; None: as is."""
+def encode_nearest(x, dtype):
+    """Return an array of 32 bits or more in the format of a dtype; None: unchanged."""
     if dtype is None or jnp.iscomplexobj(x):
         return x
     if dtype == jnp.bfloat16:
@@ -91,20 +139,16 @@ def store(x, dtype):
     if dtype != jnp.uint8:
         return x.astype(dtype)
     x = x.astype(jnp.float32)
-    if not _gains(x.shape):
-        return Quantized(x, _fill((x != x).any(keepdims=True), jnp.float32, 1))
+    if not worth_quantizing(x.shape):
+        return Quantized(x, sharding.full(x, (1,) * x.ndim, 1.0, jnp.float32))
     return _quantize(x, 0.5)
 
 
-def _gains(shape):
-    return len(shape) > 1 and math.prod(shape) >= 4096 and shape[-1] >= 8
-
-
-def encode(x, old, t):
-    """Return the new values of a stored array in its format.
+def encode_dithered(x, old, t):
+    """Return the new values of a stored array in its format, right on average over t.
 
     Args:
-      x: what `decode(old)` became in this step; of its shape and dtype.
+      x: new values, with the shape and dtype of `decode(old)`.
       old: array or Quantized of arrays, or None as x then is.
       t: number of this step; int32 [].
     """
@@ -116,10 +160,10 @@ def encode(x, old, t):
     if old is None or old.dtype != jnp.bfloat16:
         return x
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # The largest number, infinity and NaN have nothing above them to go to.
+    # The largest number, infinity and NaN cannot be rounded up.
     last = bits & 0x7FFF0000 >= 0x7F7F0000
     bits = jnp.where(last, bits, bits + (offset >> 16)) & jnp.uint32(0xFFFF0000)
-    # Exact now. A shift to 16 bits instead would split the kernel on TPU.
+    # The cast is exact. A shift to 16 bits would split the kernel on TPU.
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
 
@@ -129,14 +173,14 @@ def decode(stored) -> Any:
         codes, scale = stored
         if codes.dtype != jnp.uint8:
             return codes
-        return jnp.where(codes == 255, jnp.nan, scale * _ratio(codes))
+        return jnp.where(codes == 255, jnp.nan, scale * _relative(codes))
     if stored is None or stored.dtype != jnp.bfloat16:
         return stored
     return stored.astype(jnp.float32)
 
 
-def _ratio(codes):
-    """Return what codes stand for, in shares of the scale."""
+def _relative(codes):
+    """Return the values of codes, relative to the scale."""
     return (codes.astype(jnp.float32) * (1 / 254)) ** 16
 
 
@@ -148,7 +192,7 @@ def _quantize(x, offset):
     x = x * (1 / jnp.maximum(scale, 1 / LARGEST))
     root = jnp.sqrt(jnp.sqrt(jnp.sqrt(jnp.sqrt(x))))
     code = jnp.floor(254 * root)
-    low, high = _ratio(code), _ratio(code + 1)
+    low, high = _relative(code), _relative(code + 1)
     up = x - low > offset * (high - low)
     codes = jnp.where(known, jnp.minimum(code + up.astype(jnp.float32), 254), 255)
     return Quantized(codes.astype(jnp.uint8), scale)
@@ -160,24 +204,22 @@ def convert(
     nu_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
 ) -> Any:
-    """Return a state in other formats; a run goes on in those its state has.
+    """Convert an optimizer state to other storage formats.
 
-    So a state from elsewhere can be made small, and a small one be made readable. Large
-    states are best converted under `jax.jit`.
+    An update keeps the formats of the state that it is given, so this changes them
+    during a run, and makes a small state readable.
 
     Args:
       state: RMSPropState.
-      nu_dtype: as in `rmsprop`; None: the values, at least float32.
-      momentum_dtype: the same for `mu` and `trace`; complex arrays stay as they are.
+      nu_dtype: as in `rmsprop`; None means decoded, at least float32.
+      momentum_dtype: the same for `mu` and `trace`; complex arrays are unchanged.
 
     Returns:
-      A state with the same count, rounded to nearest; arrays that need no change are
+      A state with the same count, rounded to nearest. Arrays that need no change are
       shared with `state`.
 
     Raises:
-      ValueError: if a dtype is not one of those, or this is no RMSPropState; if `nu` is
-        complex, as presets.torch keeps it for complex parameters, and nu_dtype is
-        bfloat16 or uint8.
+      ValueError: if a dtype is not supported, or `state` is not an RMSPropState.
 
     Example:
       >>> import jax.numpy as jnp
@@ -195,15 +237,20 @@ def convert(
             f"state must be an RMSPropState, got {type(state).__name__}. In the state "
             "of a chain, it is one of the elements."
         )
-    nu_dtype = checks.state_dtype("nu_dtype", nu_dtype)
-    momentum_dtype = checks.state_dtype("momentum_dtype", momentum_dtype)
-    checks.real_nu(nu_dtype, state.nu)
+    return _convert(
+        state,
+        state_dtype("nu_dtype", nu_dtype),
+        state_dtype("momentum_dtype", momentum_dtype),
+    )
 
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _convert(state, nu_dtype, momentum_dtype):
     def change(buffer, dtype):
         if buffer is None:
             return None
-        tree = structure(buffer)
-        arrays = [store(decode(x), dtype) for x in leaves(buffer, tree)]
+        tree = treedef(buffer)
+        arrays = [encode_nearest(decode(x), dtype) for x in leaves(buffer, tree)]
         return unflatten(tree, arrays, dtype == jnp.uint8)
 
     return state._replace(
@@ -213,20 +260,20 @@ def convert(
     )
 
 
-def structure(buffer):
-    """Return the structure of the parameters to which a buffer belongs."""
+def treedef(buffer):
+    """Return the tree definition of the parameters to which a buffer belongs."""
     return jax.tree.structure(buffer.codes if isinstance(buffer, Quantized) else buffer)
 
 
-def leaves(buffer, tree):
+def leaves(buffer, treedef):
     """Return the stored arrays of a buffer, one for each leaf of the parameters."""
     if isinstance(buffer, Quantized):
-        return list(map(Quantized, *map(tree.flatten_up_to, buffer)))
-    return tree.flatten_up_to(buffer)
+        return list(map(Quantized, *map(treedef.flatten_up_to, buffer)))
+    return treedef.flatten_up_to(buffer)
 
 
-def unflatten(tree, arrays, quantized):
+def unflatten(treedef, arrays, quantized):
     """Return the buffer of these stored arrays; two trees, never a tree of pairs."""
     if quantized:
-        return Quantized(*(tree.unflatten([x[k] for x in arrays]) for k in (0, 1)))
-    return tree.unflatten(arrays)
+        return Quantized(*(treedef.unflatten([x[k] for x in arrays]) for k in (0, 1)))
+    return treedef.unflatten(arrays)

@@ -1,4 +1,4 @@
-"""RMSProp as Optax gradient transformations: trees, schedules, masks, refusals.
+"""RMSProp as Optax gradient transformations: pytrees, schedules, weight decay.
 
 The equations are in `rmsprop_jax.rule`.
 """
@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import export
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from rmsprop_jax import checks, rule, storage
+from rmsprop_jax import checks, rule, sharding, storage
 from rmsprop_jax.storage import Quantized
 
 PyTree = Any
 
 
 class RMSPropState(NamedTuple):
-    """State of `rmsprop` and `scale_by_rms`, the same for every option.
+    """State of `rmsprop` and `scale_by_rms`.
 
     Attributes:
-      count: steps taken; int32 [], stays at its maximum once there.
+      count: number of steps taken; int32 [], saturates at its maximum.
       nu: moving average of |g|^2, or of |g - mu|^2 if centered; real, like params.
       mu: moving average of g; like params, None unless centered.
       trace: momentum buffer; like params, None unless momentum.
@@ -54,45 +55,47 @@ def rmsprop(
     nu_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Build the RMSProp optimizer: each step is divided by a running gradient size.
+    """Create the RMSProp optimizer, which divides gradients by their recent magnitude.
 
-    Takes the arguments of `optax.rmsprop` in their order; the keyword-only ones are
-    additions. Every number may be a traced or vmapped scalar. None means off.
+    The positional arguments are those of `optax.rmsprop`, with the same order and
+    defaults; the keyword-only ones are additions. Every number may be a traced scalar,
+    also under `jax.vmap`, and None means off.
 
     Args:
-      learning_rate: step size, or a schedule: a pure function, which is compiled, from
-        the steps taken to it. The first update uses `learning_rate(0)`.
-      decay: share of the averages that each step keeps, in [0, 1).
+      learning_rate: step size, or a schedule that maps the number of steps taken to it.
+        The first update uses `learning_rate(0)`; a negative one ascends.
+      decay: decay rate of the moving averages, in [0, 1).
       eps: added to the denominator, in units of |g|^2 if `eps_in_sqrt`, else of |g|.
-      initial_scale: value at which `nu` starts. TensorFlow 1 starts at 1.
+      initial_scale: initial value of `nu`; TensorFlow 1 uses 1.
       eps_in_sqrt: divide by sqrt(nu + eps) (TensorFlow), not sqrt(nu) + eps (PyTorch).
-      centered: divide by the gradient's standard deviation, not its root mean square.
-      momentum: share of the momentum buffer that each step keeps, in [0, 1).
-      nesterov: look one momentum step ahead; nothing without `momentum`.
+      centered: divide by the standard deviation of the gradient instead of its root
+        mean square.
+      momentum: decay rate of the momentum buffer, in [0, 1).
+      nesterov: use Nesterov momentum; no effect without `momentum`.
       bias_correction: divide `nu` by 1 - decay^t, as Adam does.
-      lr_in_momentum: the buffer holds learning_rate * u (TensorFlow, Keras, Optax), not
-        u (PyTorch). They differ once the learning rate changes.
-      l2: adds l2 * params to the gradient, before everything else (PyTorch's
+      lr_in_momentum: accumulate learning_rate * u in the momentum buffer (TensorFlow,
+        Keras, Optax) instead of u (PyTorch). They differ once the rate changes.
+      l2: coefficient of params added to the gradient before anything else (PyTorch's
         weight_decay).
       weight_decay: adds -learning_rate * weight_decay * params to the update, outside
         the momentum buffer (Keras, AdamW).
-      weight_decay_mask: tree of bools like params (or a prefix of it), or a function
-        from params to one; where False, `weight_decay` does not act.
-      nu_dtype: dtype in which `nu` is kept: float32, float64, bfloat16 (2 bytes) or
-        uint8 (1 byte; `nu` is then a `storage.Quantized`). None: that of the parameter,
-        but at least float32. The small ones: `rmsprop_jax.storage`. It is for `init`: a
-        run goes on in the format that its state has; `storage.convert` changes it.
-      momentum_dtype: the same for `mu` and `trace`, but not uint8; complex where the
+      weight_decay_mask: pytree of bools like params, a prefix of it, or a function from
+        params to one; `weight_decay` applies where it is True.
+      nu_dtype: storage dtype of `nu`: float32, float64, bfloat16 (2 bytes) or uint8 (1
+        byte; `nu` is then a `storage.Quantized`). None means the parameter's dtype, but
+        at least float32. `init` uses it; an update keeps the format of its state, which
+        `storage.convert` changes.
+      momentum_dtype: the same for `mu` and `trace`, without uint8; complex where the
         parameter is.
 
     Returns:
-      A transformation whose state is an `RMSPropState`. Updates have the dtype of the
-      gradients. `update` needs `params` if `l2` or `weight_decay` is given.
+      A gradient transformation whose state is an `RMSPropState`. Updates have the
+      promoted dtype of gradients and parameters, or that of the gradients where
+      `update` is called without `params`; `l2` and `weight_decay` need them.
 
     Raises:
-      ValueError: at construction, if a number is outside its domain or options
-        contradict each other; in `init` and `update`, if trees, shapes or dtypes do not
-        fit. The message names the entry, what came, what was allowed and the fix.
+      ValueError: here, if a hyperparameter is outside its domain or options contradict
+        each other; in `init` and `update`, if trees, shapes or dtypes do not match.
 
     Example:
       >>> import jax, optax, rmsprop_jax
@@ -141,23 +144,24 @@ def scale_by_rms(
     nu_dtype: DTypeLike | None = None,
     momentum_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divide gradients by their running size: the core of `rmsprop` for `optax.chain`.
+    """Divide gradients by their recent magnitude: the core of `rmsprop`, for chains.
 
-    Takes the arguments of `optax.scale_by_rms` in their order, and covers
-    `optax.scale_by_stddev` with `centered=True`. The sign of the gradient stays.
+    The positional arguments are those of `optax.scale_by_rms`, with the same order and
+    defaults; `centered=True` replaces `optax.scale_by_stddev`. The sign of the gradient
+    is unchanged.
 
     Args:
-      decay: see `rmsprop`, as for all arguments.
+      decay: decay rate of the moving averages; like all arguments, as in `rmsprop`.
       eps: added to the denominator.
-      initial_scale: value at which `nu` starts.
+      initial_scale: initial value of `nu`.
       eps_in_sqrt: divide by sqrt(nu + eps), not sqrt(nu) + eps.
       bias_correction: divide `nu` by 1 - decay^t.
       centered: divide by the standard deviation, not the root mean square.
-      nu_dtype: dtype of `nu`.
-      momentum_dtype: dtype of `mu`.
+      nu_dtype: storage dtype of `nu`.
+      momentum_dtype: storage dtype of `mu`.
 
     Returns:
-      A transformation whose state is an `RMSPropState`.
+      A gradient transformation whose state is an `RMSPropState`.
 
     Raises:
       ValueError: as `rmsprop`.
@@ -188,32 +192,44 @@ def scale_by_rms(
 def _transformation(
     *, initial_scale, centered, mask=None, nu_dtype, momentum_dtype, **options
 ):
-    """Close `init` and `update` over checked options; `options` are `rule.step`'s."""
+    """Build the gradient transformation; `options` are those of `rule.step`."""
+    flags = ("eps_in_sqrt", "nesterov", "bias_correction", "lr_in_momentum")
+    flags = {name: bool(options.pop(name)) for name in flags if name in options}
     centered = bool(centered)
-    start, options = checks.options(initial_scale, centered, mask, options)
-    nu_dtype = checks.state_dtype("nu_dtype", nu_dtype)
-    momentum_dtype = checks.state_dtype("momentum_dtype", momentum_dtype)
-    has_trace = options.get("momentum") is not None
-    reads_params = [k for k in ("l2", "weight_decay") if options.get(k) is not None]
-    options = _split(options)
+    initial_scale, numbers = checks.hyperparameters(
+        initial_scale,
+        centered,
+        mask,
+        bias_correction=flags["bias_correction"],
+        **options,
+    )
+    decay = numbers["decay"]
+    if isinstance(decay, jax.Array):
+        decay = decay.astype(rule.at_least_float32(decay.dtype))
+    numbers["one_minus_decay"] = 1 - decay
+    nu_dtype = storage.state_dtype("nu_dtype", nu_dtype)
+    momentum_dtype = storage.state_dtype("momentum_dtype", momentum_dtype)
+    has_trace = "momentum" in numbers
+    reads_params = [name for name in ("l2", "weight_decay") if name in numbers]
 
     def init(params) -> Any:
         params = jax.tree_util.tree_map_with_path(checks.parameter, params)
-        leaves, tree = jax.tree.flatten(params)
+        leaves, treedef = jax.tree.flatten(params)
 
         def nu(p):
-            dtype = jnp.finfo(rule.wide(nu_dtype or p.dtype)).dtype
-            return _full(p, dtype, nu_dtype, *_split({"value": start}))
+            dtype = jnp.finfo(rule.at_least_float32(nu_dtype or p.dtype)).dtype
+            return storage.initial(p, initial_scale, dtype, nu_dtype)
 
         def zeros(p):
-            dtype = rule.wide(momentum_dtype or p.dtype)
-            if jnp.iscomplexobj(p):
-                dtype = np.promote_types(dtype, jnp.complex64)
-            return _full(p, dtype, momentum_dtype, *_split({"value": 0.0}))
+            dtype = momentum_dtype or rule.at_least_float32(p.dtype)
+            if jnp.issubdtype(p.dtype, jnp.complexfloating):
+                dtype = np.promote_types(rule.at_least_float32(dtype), jnp.complex64)
+            return sharding.full(p, p.shape, 0.0, dtype)
 
+        first = leaves[0] if leaves else jax.ShapeDtypeStruct((), jnp.float32)
         return RMSPropState(
-            count=_zero(leaves[:1]),
-            nu=storage.unflatten(tree, [*map(nu, leaves)], nu_dtype == jnp.uint8),
+            count=sharding.full(first, (), 0.0, jnp.int32),
+            nu=storage.unflatten(treedef, [*map(nu, leaves)], nu_dtype == jnp.uint8),
             mu=jax.tree.map(zeros, params) if centered else None,
             trace=jax.tree.map(zeros, params) if has_trace else None,
         )
@@ -226,77 +242,81 @@ def _transformation(
                 f"{' and '.join(reads_params)} must read the parameters: call "
                 "update(updates, state, params)."
             )
-        decayed = None
-        if mask is not None:
-            decayed = checks.mask(mask, params, storage.structure(state.nu))
-        params = params if reads_params else None
+        treedef = storage.treedef(state.nu)
+        scalars = dict(numbers)
+        if callable(scalars.get("lr")):
+            lr = scalars["lr"](state.count)
+            scalars["lr"] = checks.scalar("learning_rate(count)", lr, wait=False)
         # Inside another trace, a jit of its own would only cost time.
-        step = _update if isinstance(state.count, Tracer) else _compiled_update
-        return step(updates, state, params, decayed, *options)
+        update = _update if isinstance(state.count, Tracer) else _compiled_update
+        return update(
+            *(updates, state, params if reads_params else None, scalars),
+            flags=tuple(flags.items()),
+            param_dtypes=checks.param_dtypes(params, treedef),
+            decayed=None if mask is None else checks.mask(mask, params, treedef),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# The compiled functions live at module level, so that a factory called anew at every
-# step compiles once.
-@functools.partial(jax.jit, keep_unused=True)
-def _zero(leaves):
-    """Return the number 0 on the devices of the leaves."""
-    return jnp.zeros([], jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("dtype", "kept", "static"))
-def _full(p, dtype, kept, arrays, static):
-    return storage.full(p, (arrays | dict(static))["value"], dtype, kept)
-
-
-def _update(updates, state, params, decayed, arrays, static):
-    """Step the whole tree; trees, shapes and dtypes are checked while it is traced."""
-    tree = storage.structure(state.nu)
-    none = [None] * tree.num_leaves
-    rows = zip(
-        checks.leaves("updates", updates, tree),
-        none if params is None else checks.leaves("params", params, tree),
-        *(none if x is None else storage.leaves(x, tree) for x in state[1:]),
-        decayed or [True] * tree.num_leaves,
+def _update(updates, state, params, scalars, flags, param_dtypes, decayed):
+    """Update the whole tree; trees, shapes and dtypes are checked while tracing."""
+    treedef = storage.treedef(state.nu)
+    none = [None] * treedef.num_leaves
+    leaves = zip(
+        checks.leaves("updates", updates, treedef),
+        none if params is None else checks.leaves("params", params, treedef),
+        *(none if x is None else storage.leaves(x, treedef) for x in state[1:]),
+        param_dtypes or none,
+        decayed or [True] * treedef.num_leaves,
         strict=True,
     )
-    options = dict(static) | arrays
-    if callable(options.get("lr")):
-        lr = options["lr"](state.count)
-        options["lr"] = checks.number("learning_rate(count)", lr)
     count = jnp.asarray(optax.safe_increment(state.count))
+    arrays = {k: x for k, x in scalars.items() if isinstance(x, jax.Array)}
+    static = tuple((k, x) for k, x in scalars.items() if k not in arrays) + flags
 
     new = []
-    for i, (g, p, nu, mu, trace, decay) in enumerate(rows):
-        if not checks.absent(g):
-            checks.gradient(g, p, nu, mu, trace, params is not None, tree, i)
-            used = options if decay else options | {"weight_decay": None}
-            g, nu, mu, trace = _leaf(g, p, nu, mu, trace, count, *_split(used))
+    for i, (g, p, nu, mu, trace, param_dtype, is_decayed) in enumerate(leaves):
+        if not checks.is_absent(g):
+            checks.gradient(g, p, nu, mu, trace, params is not None, treedef, i)
+            with jax.numpy_dtype_promotion("standard"):
+                update_dtype = jnp.promote_types(g.dtype, param_dtype or g.dtype)
+            update_dtype = jax.dtypes.canonicalize_dtype(update_dtype)
+            g, nu, mu, trace = _leaf(
+                *(g, p, nu, mu, trace, count, arrays),
+                static=(*static, ("update_dtype", update_dtype)),
+                is_decayed=is_decayed,
+            )
         new.append((g, nu, mu, trace))
-    steps, *buffers = ([row[k] for row in new] for k in range(4))
-    return tree.unflatten(steps), RMSPropState(
-        count,
-        *(
-            None if old is None else storage.unflatten(tree, x, type(old) is Quantized)
-            for old, x in zip(state[1:], buffers, strict=True)
-        ),
-    )
+    updates, *buffers = ([leaf[k] for leaf in new] for k in range(4))
+    buffers = [
+        old
+        if old is None
+        else storage.unflatten(treedef, x, isinstance(old, Quantized))
+        for old, x in zip(state[1:], buffers, strict=True)
+    ]
+    return treedef.unflatten(updates), RMSPropState(count, *buffers)
 
 
-_compiled_update = jax.jit(_update, static_argnames=("decayed", "static"))
+# At module level: a factory that is called anew at every step compiles once.
+_compiled_update = jax.jit(
+    _update, static_argnames=("flags", "param_dtypes", "decayed")
+)
 
 
 # Jitted by itself, so that leaves of one shape and dtype are traced once.
-@functools.partial(jax.jit, static_argnames="static")
-def _leaf(g, p, nu, mu, trace, t, arrays, static):
+@functools.partial(jax.jit, static_argnames=("static", "is_decayed"))
+def _leaf(g, p, nu, mu, trace, t, arrays, *, static, is_decayed):
+    options = arrays | dict(static)
+    if not is_decayed:
+        options["weight_decay"] = None
     stored = (nu, mu, trace)
     nu, mu, trace = map(storage.decode, stored)
-    update, *new = rule.step(g, p, nu, mu, trace, t, **arrays, **dict(static))
-    return update, *map(storage.encode, new, stored, 3 * [t])
+    update, *new = rule.step(g, p, nu, mu, trace, t, **options)
+    return update, *map(storage.encode_dithered, new, stored, 3 * [t])
 
 
-def _split(options):
-    """Part options into arrays, which are traced, and the rest, which is hashed."""
-    arrays = {k: x for k, x in options.items() if isinstance(x, jax.Array)}
-    return arrays, tuple((k, x) for k, x in options.items() if k not in arrays)
+for kind in (RMSPropState, Quantized):
+    export.register_namedtuple_serialization(
+        kind, serialized_name=f"rmsprop_jax.{kind.__name__}"
+    )

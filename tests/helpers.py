@@ -1,0 +1,171 @@
+"""Shared by the tests: configurations, random trees, comparisons."""
+
+import copy
+import pickle
+import re
+from functools import partial
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rmsprop_jax import rmsprop, scale_by_rms
+
+
+def halving(count):
+    """A schedule: 0.1, halved at every step."""
+    return 0.1 * 0.5 ** jnp.asarray(count, jnp.float32)
+
+
+def on_matrices(params):
+    """A weight decay mask: True for leaves of rank 2 and more."""
+    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+
+
+OPTIONS = {
+    "plain": {},
+    "eps_outside": dict(eps_in_sqrt=False),
+    "centered": dict(centered=True),
+    "momentum": dict(momentum=0.9),
+    "nesterov": dict(momentum=0.9, nesterov=True),
+    "centered_momentum": dict(centered=True, momentum=0.9),
+    "lr_outside_momentum": dict(momentum=0.9, lr_in_momentum=False),
+    "l2": dict(l2=1e-2),
+    "weight_decay": dict(weight_decay=1e-2, weight_decay_mask=on_matrices),
+    "bias_correction": dict(bias_correction=True),
+    "scheduled": dict(learning_rate=halving),
+}
+TABLE = {
+    name: partial(rmsprop, **{"learning_rate": 0.1, **options})
+    for name, options in OPTIONS.items()
+} | {
+    "scale_by_rms": partial(scale_by_rms),
+    "scale_by_rms_centered": partial(scale_by_rms, centered=True),
+}
+every = pytest.mark.parametrize("build", TABLE.values(), ids=TABLE)
+direct_and_jit = pytest.mark.parametrize(
+    "wrap", [lambda f: f, jax.jit], ids=["direct", "jit"]
+)
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: COMPILED.append(event) if "/compile/" in event else None
+)
+
+
+def normal(seed, dtypes=("float32", "float32", "float32")):
+    """Return a random tree of a matrix (8, 4), a vector (8,) and a scalar."""
+    random = np.random.default_rng(seed)
+    shapes = dict(matrix=(8, 4), vector=(8,), scalar=())
+    return {
+        name: jnp.asarray(random.normal(size=shape), dtype)
+        for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True)
+    }
+
+
+def run(tx, params, update=None, steps=3):
+    """Return parameters and state after a few steps with known gradients."""
+    state = tx.init(params)
+    for seed in range(1, steps + 1):
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), normal(seed), params)
+        updates, state = (update or tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def together(txs):
+    """Combine transformations into one of tuples, which compiles as one program."""
+    txs = tuple(txs)
+
+    def update(grads, states, params=None):
+        pairs = (tx.update(grads, x, params) for tx, x in zip(txs, states, strict=True))
+        return tuple(zip(*pairs, strict=True))
+
+    return optax.GradientTransformation(lambda p: tuple(x.init(p) for x in txs), update)
+
+
+def scan(tx, grads, params=None):
+    """Return all updates and all states for trees of [steps, ...], in one program."""
+
+    @jax.jit
+    def run(grads, params):
+        def step(state, row):
+            updates, state = tx.update(row[0], state, row[1])
+            return state, (updates, state)
+
+        first = jax.tree.map(lambda x: x[0], grads)
+        return jax.lax.scan(step, tx.init(first), (grads, params))[1]
+
+    return run(grads, params)
+
+
+def types(tree):
+    """Return the shape, dtype, weak type and sharding of each leaf."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type, x.sharding), tree)
+
+
+def nbytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def assert_close(tree, other, rtol=2e-6, atol=1e-7, err_msg=""):
+    # A few float32 ulp a step: compilers fuse multiply and add as they like.
+    close = partial(np.testing.assert_allclose, rtol=rtol, atol=atol, err_msg=err_msg)
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    jax.tree.map(close, tree, other)
+
+
+def assert_same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def refusal(*words):
+    """Expect a ValueError whose message has these words in this order."""
+    return pytest.raises(ValueError, match="(?s)" + ".*".join(map(re.escape, words)))
+
+
+def mesh_of(*sizes, kind=AxisType.Auto, first=0):
+    """Return a mesh of the 8 CPU devices with the axes data and model."""
+    devices = np.array(jax.devices()[first : first + np.prod(sizes)]).reshape(sizes)
+    names = ("data", "model")[: len(sizes)]
+    return Mesh(devices, names, axis_types=(kind,) * len(sizes))
+
+
+SPECS = dict(
+    matrix=PartitionSpec("data", "model"),
+    vector=PartitionSpec("model"),
+    scalar=PartitionSpec(),
+)
+
+
+def on_mesh(seed, kind=AxisType.Auto):
+    """Return `normal(seed)` sharded over a mesh of 4 x 2."""
+    mesh = mesh_of(4, 2, kind=kind)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    return jax.device_put(normal(seed), shardings)
+
+
+def through_orbax(state, target, folder):
+    """Save a state with Orbax and restore it into a target."""
+    with ocp.StandardCheckpointer() as disk:
+        disk.save(folder / "state", state)
+        disk.wait_until_finished()
+        return disk.restore(folder / "state", target)
+
+
+def through_flax(state, target, folder):
+    """Save a state with flax.serialization and restore it into a target."""
+    (folder / "state").write_bytes(flax.serialization.to_bytes(state))
+    return flax.serialization.from_bytes(target, (folder / "state").read_bytes())
+
+
+def through_pickle(state, target, folder):
+    """Save a state with pickle and restore a copy of it."""
+    (folder / "state").write_bytes(pickle.dumps(state))
+    return copy.deepcopy(pickle.loads((folder / "state").read_bytes()))

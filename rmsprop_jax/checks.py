@@ -9,28 +9,41 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from rmsprop_jax import storage
+from rmsprop_jax import rule, storage
+
+FLAGS = ("eps_in_sqrt", "nesterov", "bias_correction", "lr_in_momentum")
 
 
-def hyperparameters(
-    initial_scale, centered, mask, *, decay, eps, bias_correction, **optional
-):
-    """Return the initial scale and the hyperparameters of `rule.step`, validated.
+def hyperparameters(initial_scale, centered, mask, options):
+    """Validate hyperparameters, and split `options` into numbers and flags.
 
-    Python and NumPy numbers become floats; those that are None are left out.
+    Args:
+      initial_scale: initial value of `nu`.
+      centered: whether `nu` is centered.
+      mask: weight decay mask, or None.
+      options: those of `rule.step`, with None where an optional number is off.
+
+    Returns:
+      The initial scale; a dict of the numbers that are on, with `one_minus_decay`; a
+      tuple of (name, bool). Python and NumPy numbers become floats.
     """
-    limits = dict(momentum=1, l2=math.inf, weight_decay=math.inf)
-    has_lr, lr = "lr" in optional, optional.pop("lr", None)
-    numbers: dict[str, Any] = {
-        name: scalar(name, value, 0, limits[name])
-        for name, value in optional.items()
-        if value is not None
-    }
-    numbers |= dict(decay=scalar("decay", decay, 0, 1), eps=scalar("eps", eps, 0))
-    if has_lr:
+    flags = tuple((name, bool(options[name])) for name in FLAGS if name in options)
+    numbers: dict[str, Any] = dict(
+        decay=scalar("decay", options["decay"], 0, 1),
+        eps=scalar("eps", options["eps"], 0),
+    )
+    decay = numbers["decay"]
+    if isinstance(decay, jax.Array):
+        decay = decay.astype(rule.at_least_float32(decay.dtype))
+    numbers["one_minus_decay"] = 1 - decay
+    if "lr" in options:
+        lr = options["lr"]
         numbers["lr"] = lr if callable(lr) else scalar("learning_rate", lr)
+    for name, high in (("momentum", 1), ("l2", math.inf), ("weight_decay", math.inf)):
+        if options.get(name) is not None:
+            numbers[name] = scalar(name, options[name], 0, high)
     start = scalar("initial_scale", initial_scale, 0)
-    if bias_correction and (centered or _concrete(start)):
+    if options["bias_correction"] and (centered or _concrete(start)):
         cause = "centered=True" if centered else f"initial_scale={initial_scale}"
         raise ValueError(
             f"bias_correction has no meaning with {cause}: it corrects an average that "
@@ -47,7 +60,7 @@ def hyperparameters(
             "weight_decay_mask says where weight_decay applies, but weight_decay is "
             "None. Pass weight_decay, or drop the mask."
         )
-    return start, numbers
+    return start, numbers, flags
 
 
 def scalar(name, value, low=-math.inf, high=math.inf, wait=True):

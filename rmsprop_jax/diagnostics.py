@@ -1,23 +1,29 @@
-"""What the optimizer is doing, as scalars: pure functions of what a loop has anyway.
+"""Diagnostics: scalars to log, computed from what a training loop already has.
 
-Nothing is kept in the optimizer's state for them. They read the average of squares nu
-in any of its formats and on any mesh, and sort nothing: a median is found by halving.
+Pure functions; the optimizer state holds nothing for them. They read each leaf
+twice, in any storage format; between devices, only sums and extrema travel.
 """
 
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from rmsprop_jax import checks, storage
 from rmsprop_jax.transform import RMSPropState
 
+__all__ = ["effective_learning_rate", "histogram", "metrics"]
+
 PyTree = Any
+EXTREMA = dict(lowest=(jax.lax.min, np.inf), highest=(jax.lax.max, -np.inf))
+SUM = (operator.add, 0)
 
 
 def metrics(
@@ -30,43 +36,40 @@ def metrics(
     eps_in_sqrt: bool = True,
     per_layer: bool = False,
 ) -> dict[str, jax.Array]:
-    """Return what the last step did, as one flat dict of scalars for a logger.
+    """Summarize the last step as a flat dict of float32 scalars for a logger.
 
-    For use under `jax.jit`, in the step itself, or after it. One call reads `nu` about
-    35 times and, on a CPU, takes five times its memory for a while: call it every so
-    many steps.
+    Call it in the training step, under `jax.jit`, or after it. It takes about as long
+    as an update.
 
     Args:
-      updates: what `update` returned; or parameters after the step less those before
-        (of an NNX model, a copy: its state changes with it).
-      state: what `update` returned, or whatever holds it: the state of a chain, an
-        `nnx.Optimizer`, a linen `TrainState`.
+      updates: what `update` returned, or parameters after the step minus parameters
+        before it. With NNX, copy the parameters before the step, which changes them.
+      state: the state that `update` returned, or anything that holds it: the state of
+        `optax.chain`, an `nnx.Optimizer`, a linen `TrainState`.
       params: parameters, before or after the step.
-      learning_rate: what `rmsprop` was given: a number, or a schedule, whose value for
-        the last step is used. None leaves out what depends on it.
-      eps: what `rmsprop` was given; of a preset, what its signature says.
-      eps_in_sqrt: what `rmsprop` was given; False for `presets.torch`.
-      per_layer: also for each array on its own, as `name/path/of/the/array`.
+      learning_rate: number, or schedule, which is evaluated for the last step. None
+        omits the learning rates.
+      eps: the `eps` of the optimizer; each preset has its own default.
+      eps_in_sqrt: the `eps_in_sqrt` of the optimizer; False for `presets.torch`.
+      per_layer: also return each metric of each leaf, as `metric/path/of/the/leaf`.
 
     Returns:
-      float32 [] each, over the arrays that have a `nu`:
-        step: steps taken; int32 [].
+      Over all leaves that have a `nu`:
+        step: number of steps taken; int32.
         learning_rate: of the last step.
-        update_rms: root mean square of the updates; 0 or infinite where their squares
-          are outside of float32.
-        param_rms: root mean square of the parameters.
+        update_rms, param_rms: root mean square of the updates and of the parameters.
         update_ratio: update_rms / param_rms.
-        effective_learning_rate_min, _median, _max: of what a gradient was multiplied
-          by, over all coordinates: learning_rate / sqrt(nu + eps). Of two medians it is
-          the higher. Momentum multiplies it by up to 1 / (1 - momentum), bias
-          correction by sqrt(1 - decay^t); neither is in it.
-        eps_share: share of coordinates in which eps is larger than what it is added to.
-        nonfinite_updates, nonfinite_params, nonfinite_state: how many numbers are NaN
-          or infinite.
+        effective_learning_rate_min, _mean, _max: over all coordinates, with a geometric
+          mean; see `effective_learning_rate`.
+        eps_share: fraction of coordinates in which eps exceeds the term that it is
+          added to, in [0, 1].
+        nonfinite_updates, nonfinite_params, nonfinite_state: number of NaN and infinite
+          elements; not per leaf.
 
     Raises:
-      ValueError: if `state` holds no RMSPropState or several, if a number is not one,
-        if two arrays have one path, or `per_layer` and the trees differ in paths.
+      ValueError: if `state` does not hold exactly one RMSPropState, a number is
+        invalid, two leaves have the same path, or, with `per_layer`, `updates` or
+        `params` lack a path of `state.nu`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,18 +77,18 @@ def metrics(
       >>> params = {"w": jnp.array([3.0, 4.0])}
       >>> optimizer = rmsprop(0.1, decay=0.75)
       >>> updates, state = optimizer.update(params, optimizer.init(params))
-      >>> found = diagnostics.metrics(updates, state, params, 0.1)
+      >>> found = diagnostics.metrics(updates, state, params, learning_rate=0.1)
       >>> print(f"{found['update_rms']:.3f} {found['param_rms']:.3f}")
       0.200 3.536
 
     References:
-      v and eps as in `rmsprop_jax.rule`.
+      nu and eps: `rmsprop_jax.rule`.
     """
-    state = find(state)
+    state = _find(state)
     if learning_rate is not None:
         learning_rate = _rate(learning_rate, state)
-    forms = (_number("eps", eps), bool(eps_in_sqrt), bool(per_layer))
-    return _metrics(updates, state, params, learning_rate, *forms)
+    options = (_float32("eps", eps, 0), bool(eps_in_sqrt), bool(per_layer))
+    return _metrics(updates, state, params, learning_rate, *options)
 
 
 def effective_learning_rate(
@@ -95,21 +98,24 @@ def effective_learning_rate(
     eps: ArrayLike = 1e-8,
     eps_in_sqrt: bool = True,
 ) -> PyTree:
-    """Return what each coordinate of a gradient was multiplied by in the last step.
+    """Compute the factor by which the last step multiplied each gradient coordinate.
+
+    It does not include momentum, which multiplies it by up to 1 / (1 - momentum), and
+    bias correction, which multiplies it by sqrt(1 - decay^t).
 
     Args:
-      state: as in `metrics`, as for all arguments.
-      learning_rate: a number or a schedule.
-      eps: what `rmsprop` was given.
-      eps_in_sqrt: what `rmsprop` was given.
+      state: as in `metrics`.
+      learning_rate: as in `metrics`, but not None.
+      eps: as in `metrics`.
+      eps_in_sqrt: as in `metrics`.
 
     Returns:
-      learning_rate / sqrt(nu + eps), or learning_rate / (sqrt(nu) + eps); float32, in
-      the containers of `nu`: those of params. Of a complex `nu` (`presets.torch`), that
-      of the real part and that of the imaginary part, as a complex number.
+      learning_rate / sqrt(nu + eps), or learning_rate / (sqrt(nu) + eps); float32, like
+      params.
 
     Raises:
-      ValueError: if `state` holds no RMSPropState or several, or a number is not one.
+      ValueError: if `state` does not hold exactly one RMSPropState, or a number is
+        invalid.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,34 +127,31 @@ def effective_learning_rate(
       [0.2   0.002]
 
     References:
-      v and eps as in `rmsprop_jax.rule`.
+      nu and eps: `rmsprop_jax.rule`.
     """
-    state = find(state)
-    lr, eps = _rate(learning_rate, state), _number("eps", eps)
-
-    def rates(stored):
-        parts = [lr * _factor(v, eps, eps_in_sqrt) for v in _average(stored)]
-        return jax.lax.complex(*parts) if len(parts) == 2 else parts[0]
-
-    tree = storage.structure(state.nu)
-    return tree.unflatten(map(rates, storage.leaves(state.nu, tree)))
+    state = _find(state)
+    learning_rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
+    treedef = storage.treedef(state.nu)
+    rates = [
+        learning_rate / _denominator(x.astype(jnp.float32), eps, eps_in_sqrt)
+        for x in map(storage.decode, storage.leaves(state.nu, treedef))
+    ]
+    return treedef.unflatten(rates)
 
 
 def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
-    """Return how large the square roots of nu are, over all coordinates.
-
-    Reads `nu` once for each edge; for a picture now and then, see `rmsprop_jax.plots`.
+    """Count the coordinates of all leaves by sqrt(nu), in bins of a factor of two.
 
     Args:
       state: as in `metrics`.
 
     Returns:
-      Edges in units of |g|: 0, and 1.8e-19 to 1e19, four a decade; float64 [153].
-      Counts of lower edge <= sqrt(nu) < upper edge; float32 [152]. The first bin is in
-      effect that of 0. NaN, infinity and what is above are in none.
+      Edges in units of |g|: 0, then the powers of two from 2^-63 to 2^64; float64
+      [129]. Counts of lower edge <= sqrt(nu) < upper edge; float32 [128]. The first bin
+      holds the zeros; NaN and infinity are in no bin.
 
     Raises:
-      ValueError: if `state` holds no RMSPropState or several.
+      ValueError: if `state` does not hold exactly one RMSPropState.
 
     Example:
       >>> import jax.numpy as jnp
@@ -157,39 +160,176 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
       >>> edges, counts = diagnostics.histogram(optimizer.init(jnp.zeros(5)))
       >>> for low, high, count in zip(edges, edges[1:], counts):
       ...     if count:
-      ...         print(f"{low:.2f} to {high:.2f}: {count:.0f}")
-      0.10 to 0.18: 5
+      ...         print(f"{low} to {high}: {count:.0f}")
+      0.125 to 0.25: 5
 
     References:
-      v as in `rmsprop_jax.rule`, without bias correction.
+      nu, without bias correction: `rmsprop_jax.rule`.
     """
-    edges = np.concatenate([[0.0], 10.0 ** (np.arange(-75, 77) / 4)])
-    # Compared as squares; from float64, so that a power of 10 is rounded once.
-    squares = jnp.asarray(np.square(edges).astype(np.float32))
-    return edges, _histogram(find(state).nu, squares)
+    edges = np.concatenate([[0.0], 2.0 ** np.arange(-63, 65)])
+    return edges, _histogram(_find(state).nu)
+
+
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer):
+    treedef = storage.treedef(state.nu)
+    stored = storage.leaves(state.nu, treedef)
+    paths = _by_path(treedef.unflatten([0.0] * len(stored)))
+    nu = {k: x for k, x in zip(paths, stored, strict=True) if math.prod(x.shape)}
+    trees, alike = dict(updates=_by_path(updates), params=_by_path(params)), True
+    for name, tree in trees.items():
+        for path, x in nu.items():
+            fits = path in tree and tree[path].shape == x.shape
+            if per_layer and not fits:
+                raise ValueError(
+                    f"per_layer needs {name} like those of init, got none of shape "
+                    f"{x.shape} at {path}; {name} are at {', '.join(tree)}."
+                )
+            alike &= fits
+    if not (nu and all(trees.values())):
+        raise ValueError("updates, state and params must hold numbers, got none.")
+    if alike:  # Leave out what this optimizer does not train.
+        rows = [(path, {k: tree[path] for k, tree in trees.items()}) for path in nu]
+    else:
+        rows = [("", {k: x}) for k, tree in trees.items() for x in tree.values()]
+    rows += [("", {"state": x}) for x in jax.tree.leaves((state.mu, state.trace))]
+
+    parts = [(path, _summarize_nu(x, eps, eps_in_sqrt)) for path, x in nu.items()]
+    parts += [(path, {"size": math.prod(x.shape)}) for path, x in nu.items()]
+    for path, arrays in rows:
+        sizes = {f"size_{name}": x.size for name, x in arrays.items()}
+        parts.append((path, _summarize(arrays) | sizes))
+    total = _merge(part for _, part in parts)
+    (count,) = jax.tree.leaves(state.count)
+    found = {"step": count}
+    if learning_rate is not None:
+        found["learning_rate"] = learning_rate
+    found |= {name: x for name, x in total.items() if name.startswith("nonfinite")}
+    groups = {"": total}
+    for path in nu if per_layer else ():
+        groups[f"/{path}"] = _merge(part for at, part in parts if at == path)
+    for end, sums in groups.items():
+        values = _describe(sums, learning_rate, eps, eps_in_sqrt)
+        found |= {f"{name}{end}": x for name, x in values.items()}
+    return found
+
+
+def _describe(sums, learning_rate, eps, eps_in_sqrt):
+    """Compute the metrics of a group of leaves from its statistics."""
+    size = float(sums["size"])
+    update_rms, param_rms = (
+        jnp.sqrt(sums[f"squares_{name}"] / float(sums[f"size_{name}"]))
+        for name in ("updates", "params")
+    )
+    found = dict(
+        update_rms=update_rms,
+        param_rms=param_rms,
+        update_ratio=update_rms / param_rms,
+        eps_share=sums["below_eps"] / size,
+    )
+    if learning_rate is not None:
+        for name, denominator in (
+            ("min", _denominator(sums["highest"], eps, eps_in_sqrt)),
+            ("mean", jnp.exp(sums["logs"] / size)),
+            ("max", _denominator(sums["lowest"], eps, eps_in_sqrt)),
+        ):
+            found[f"effective_learning_rate_{name}"] = learning_rate / denominator
+    return found
+
+
+# These are jitted by themselves, so that leaves of one shape are traced once.
+@functools.partial(jax.jit, static_argnums=2)
+def _summarize_nu(stored, eps, eps_in_sqrt):
+    nu = storage.decode(stored).astype(jnp.float32)
+    return _reduce(
+        lowest=nu,
+        highest=nu,
+        below_eps=nu < (eps if eps_in_sqrt else eps * eps),
+        nonfinite_state=~jnp.isfinite(nu),
+        logs=jnp.log(_denominator(nu, eps, eps_in_sqrt)),
+    )
 
 
 @jax.jit
-def _histogram(nu, squares):
-    stored = storage.leaves(nu, storage.structure(nu))
+def _summarize(arrays):
+    columns = {}
+    for name, x in arrays.items():
+        columns[f"squares_{name}"] = jnp.square(jnp.abs(x).astype(jnp.float32))
+        columns[f"nonfinite_{name}"] = ~jnp.isfinite(x)
+    return _reduce(**columns)
 
-    def below(square):
-        return sum((_count(v < square) for x in stored for v in _average(x)), 0.0)
 
-    return jnp.diff(jax.lax.map(below, squares))
+def _reduce(**columns):
+    """Reduce arrays of one shape to float32 scalars; masks are counted.
+
+    Counts and `EXTREMA` share one loop. Sums do not: a plain loop of float32 additions
+    is imprecise, and `jnp.sum` compiles to a tree of them.
+    """
+    found, joint = {}, {}
+    for name, x in columns.items():
+        if x.dtype == bool:
+            x = x.astype(jnp.uint32 if x.size < 2**32 else jnp.float32)
+        if x.dtype == jnp.uint32 or name in EXTREMA:
+            joint[name] = x
+        else:
+            found[name] = jnp.sum(x)
+    if joint:
+        arrays = tuple(joint.values())
+        merges, identities = zip(*(EXTREMA.get(k, SUM) for k in joint), strict=True)
+        reduced = jax.lax.reduce(
+            arrays,
+            tuple(x.dtype.type(i) for x, i in zip(arrays, identities, strict=True)),
+            lambda x, y: tuple(f(*z) for f, *z in zip(merges, x, y, strict=True)),
+            tuple(range(arrays[0].ndim)),
+        )
+        found |= zip(joint, reduced, strict=True)
+    return {name: x.astype(jnp.float32) for name, x in found.items()}
 
 
-def find(tree: Any) -> RMSPropState:
-    """Return the one RMSPropState that a tree holds."""
-    is_state = lambda x: isinstance(x, RMSPropState)  # noqa: E731
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state)
-    found = [(jax.tree_util.keystr(path), x) for path, x in leaves if is_state(x)]
+def _merge(parts):
+    """Merge the statistics of several arrays by name."""
+    found = {}
+    for part in parts:
+        for name, x in part.items():
+            merge, _ = EXTREMA.get(name, SUM)
+            found[name] = merge(found[name], x) if name in found else x
+    return found
+
+
+def _denominator(nu, eps, eps_in_sqrt):
+    return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
+
+
+@jax.jit
+def _histogram(nu):
+    total = jnp.zeros(128)
+    for stored in storage.leaves(nu, storage.treedef(nu)):
+        v = storage.decode(stored).astype(jnp.float32)
+        exponents = (jax.lax.bitcast_convert_type(v, jnp.uint32) >> 23) & 255
+        # Explicitly sharded arrays do not infer that the counts are replicated.
+        sharding = jax.typeof(v).sharding
+        options = {}
+        if any(sharding.spec):
+            options["out_sharding"] = sharding.update(spec=PartitionSpec())
+        # A factor of two in the root is one of four in nu, or two exponents. NaN and
+        # infinity have exponent 255, which is in no bin.
+        counts = jnp.zeros(128, jnp.uint32)
+        counts = counts.at[(exponents + 1) >> 1].add(1, mode="drop", **options)
+        total += counts.astype(jnp.float32)
+    return total
+
+
+def _find(tree):
+    """Return the one RMSPropState in a tree."""
+    found = optax.tree_utils.tree_get_all_with_path(
+        tree, "RMSPropState", lambda _, x: isinstance(x, RMSPropState)
+    )
     if len(found) != 1:
-        at = " at " + ", ".join(path for path, _ in found) if found else ""
+        paths = ", ".join(jax.tree_util.keystr(path) for path, _ in found)
         raise ValueError(
-            f"state must hold one RMSPropState, got {len(found)}{at}, in a "
-            f"{type(tree).__name__}. Pass the state of rmsprop, or what contains it; "
-            "of several, one at a time."
+            f"state must hold one RMSPropState, got {len(found)}"
+            f"{' at ' + paths if paths else ''}, in a {type(tree).__name__}. Pass the "
+            "state of rmsprop, or a tree that contains it and no other."
         )
     return found[0][1]
 
@@ -199,128 +339,25 @@ def _rate(learning_rate, state):
     if callable(learning_rate):
         (count,) = jax.tree.leaves(state.count)
         learning_rate = learning_rate(jnp.maximum(count - 1, 0))
-    return _number("learning_rate", learning_rate)
+    return _float32("learning_rate", learning_rate)
 
 
-def _number(name, value):
-    return jnp.asarray(checks.number(name, value), jnp.float32)
+def _float32(name, value, *domain):
+    return jnp.asarray(checks.scalar(name, value, *domain), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("eps_in_sqrt", "per_layer"))
-def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer):
-    tree = storage.structure(state.nu)
-    stored = storage.leaves(state.nu, tree)
-    names = _named(tree.unflatten([0.0] * len(stored)))
-    nu = {k: x for k, x in zip(names, stored, strict=True) if math.prod(x.shape)}
-    updates, params = (
-        # Without what another optimizer trains, or nothing does.
-        {k: x[k] for k in nu} if nu.keys() <= x.keys() else x
-        for x in (_named(updates), _named(params))
-    )
-    if not (nu and updates and params):
-        raise ValueError("updates, state and params must hold numbers, got none.")
+def _by_path(tree):
+    """Return the leaves of a tree by their paths; only floating point or complex ones.
 
-    # Names end with the path of their array; those of the whole tree with nothing.
-    groups = {"": [list(x.values()) for x in (nu, updates, params)]}
-    for name in nu if per_layer else ():
-        if name not in updates or name not in params:
-            raise ValueError(
-                f"per_layer needs updates and params like those of init, got none at "
-                f"{name}; updates are at {', '.join(updates)}, params at "
-                f"{', '.join(params)}. Pass them in the same containers."
-            )
-        groups[f"/{name}"] = [[x[name]] for x in (nu, updates, params)]
-
-    (count,) = jax.tree.leaves(state.count)
-    found = {"step": count}
-    if learning_rate is not None:
-        found["learning_rate"] = learning_rate
-    medians = _medians([group[0] for group in groups.values()])
-    for (end, group), median in zip(groups.items(), medians, strict=True):
-        averages = [v for x in group[0] for v in _average(x)]
-        update_rms, param_rms = map(_rms, group[1:])
-        found[f"update_rms{end}"] = update_rms
-        found[f"param_rms{end}"] = param_rms
-        found[f"update_ratio{end}"] = update_rms / param_rms
-        below = eps if eps_in_sqrt else eps * eps
-        share = sum(_count(v < below) for v in averages)
-        found[f"eps_share{end}"] = share / float(sum(v.size for v in averages))
-        if learning_rate is None:
-            continue
-        for name, v in (
-            ("min", functools.reduce(jnp.maximum, map(jnp.max, averages))),
-            ("median", median),
-            ("max", functools.reduce(jnp.minimum, map(jnp.min, averages))),
-        ):
-            rate = learning_rate * _factor(v, eps, eps_in_sqrt)
-            found[f"effective_learning_rate_{name}{end}"] = rate
-    buffers = [x for b in state[1:] if b is not None for x in storage.leaves(b, tree)]
-    for name, arrays in (
-        ("updates", updates.values()),
-        ("params", params.values()),
-        ("state", map(storage.decode, buffers)),
-    ):
-        found[f"nonfinite_{name}"] = sum(_count(~jnp.isfinite(x)) for x in arrays)
-    return found
-
-
-def _named(tree):
-    """Return the numbers of a tree by their paths: no integers, nothing of size 0."""
-    named = {}
+    Leaves of size 0 are left out too.
+    """
+    found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
-            path = path[:-1]  # A variable of NNX has one step more, to its value.
+            path = path[:-1]  # An nnx.Variable holds its array in this attribute.
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in named:
-            raise ValueError(f"two arrays have the path {name}. Rename one of them.")
+        if name in found:
+            raise ValueError(f"two leaves have the path {name}. Rename one of them.")
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and np.size(x):
-            named[name] = x
-    return named
-
-
-def _average(stored):
-    """Return nu as real float32 arrays: one, or two of a complex one."""
-    v = storage.decode(stored)
-    parts = (v.real, v.imag) if jnp.iscomplexobj(v) else (v,)
-    return [x.astype(jnp.float32) for x in parts]
-
-
-def _factor(v, eps, eps_in_sqrt):
-    return 1 / (jnp.sqrt(v + eps) if eps_in_sqrt else jnp.sqrt(v) + eps)
-
-
-def _rms(arrays):
-    squares = (jnp.square(jnp.abs(x).astype(jnp.float32)) for x in arrays)
-    return jnp.sqrt(sum(map(jnp.sum, squares)) / float(sum(map(np.size, arrays))))
-
-
-def _count(mask):
-    """Return how many are True; float32 [], as more than int32 can hold may be."""
-    last = tuple(range(mask.ndim))[-1:]
-    return jnp.sum(jnp.sum(mask, axis=last, dtype=jnp.int32).astype(jnp.float32))
-
-
-def _medians(groups):
-    """Return the lower median of each group of stored averages; float32 [groups].
-
-    That of numbers >= 0 is found bit by bit: it is the largest that fewer than half of
-    them are below, and their order is that of their bits.
-    """
-    halves = jnp.array(
-        [sum(v.size for x in group for v in _average(x)) / 2 for group in groups]
-    )
-
-    def below(group, guess):
-        averages = (v for x in group for v in _average(x))
-        bits = (jax.lax.bitcast_convert_type(v, jnp.int32) for v in averages)
-        return sum(_count(x < guess) for x in bits)
-
-    def add(i, bits):
-        guess = bits | (1 << (30 - i))
-        fewer = jnp.stack(list(map(below, groups, guess))) < halves
-        return jnp.where(fewer, guess, bits)
-
-    zero = jnp.zeros(len(groups), jnp.int32)
-    # The first bit outside the loop: inside `jax.shard_map`, zeros are not like it.
-    bits = jax.lax.fori_loop(1, 31, add, add(0, zero))
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+            found[name] = x
+    return found

@@ -1,6 +1,6 @@
-"""Pictures of a run, each drawn on the matplotlib axes that it is given.
+"""Plots of a training run, each drawn on matplotlib axes that the caller creates.
 
-Lines differ in style as well as in colour, for print in black and white.
+Lines differ in style and marker as well as in color, for black-and-white print.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
+
+__all__ = ["denominator", "per_layer", "training_curves"]
 
 STYLES, MARKERS = ("-", "--", "-.", ":"), "os^vD"
 
@@ -20,15 +22,15 @@ def training_curves(
     x: str = "epoch",
     by: str = "optimizer",
 ) -> None:
-    """Draw one value of a run against another, a line for each of several runs.
+    """Plot a logged value over time, with one line for each run.
 
     Args:
       axes: matplotlib axes.
-      rows: what was logged: a mapping for each time, as `csv.DictReader` reads them.
-        Rows without the value are left out.
-      value: key of what is drawn.
-      x: key of what it is drawn against.
-      by: key that tells runs apart; what it is and the last value are in the legend.
+      rows: logged values, one mapping per time, as from `csv.DictReader`; those
+        without `x` or `value` are skipped.
+      value: key of the y-axis.
+      x: key of the x-axis.
+      by: key that identifies the run. The legend shows it with the last value.
 
     Raises:
       ValueError: if no row has both keys.
@@ -37,40 +39,37 @@ def training_curves(
       >>> import matplotlib.figure
       >>> from rmsprop_jax import plots
       >>> axes = matplotlib.figure.Figure().subplots()
-      >>> rows = [{"epoch": i, "loss": 1 / i} for i in (1, 2, 4)]
-      >>> plots.training_curves(axes, rows)
+      >>> plots.training_curves(axes, [{"epoch": i, "loss": 1 / i} for i in (1, 2, 4)])
       >>> print(axes.get_ylabel(), axes.lines[0].get_ydata())
       loss [1.   0.5  0.25]
-
-    References:
-      `python -m rmsprop_jax` writes such rows into metrics.csv.
     """
     runs = {}
-    for row in _with(rows, x, value):
+    for row in _complete(rows, x, value):
         runs.setdefault(row.get(by, ""), []).append(row)
-    for name, own in runs.items():
-        last = f"{float(own[-1][value]):.3g}"
-        _line(axes, own, x, value, f"{name}: {last}" if name else last)
-    _finish(axes, x, value)
+    lines = {}
+    for name, run in runs.items():
+        last = f"{float(run[-1][value]):.3g}"
+        lines[f"{name}: {last}" if name else last] = run, value
+    _draw(axes, lines, x, value)
 
 
 def per_layer(
     axes: Any,
     rows: Iterable[Mapping[str, Any]],
-    value: str = "effective_learning_rate_median",
+    value: str = "effective_learning_rate_mean",
     *,
     x: str = "step",
 ) -> None:
-    """Draw one of `diagnostics.metrics(..., per_layer=True)`, a line for each array.
+    """Plot a metric of `diagnostics.metrics(..., per_layer=True)`, one line per leaf.
 
     Args:
-      axes: matplotlib axes.
-      rows: what was logged, a mapping for each time.
-      value: name without the path of an array.
-      x: key of what it is drawn against.
+      axes: matplotlib axes; the y-axis becomes logarithmic.
+      rows: logged metrics, one mapping per time.
+      value: name of the metric, without the path of a leaf.
+      x: key of the x-axis.
 
     Raises:
-      ValueError: if no row has the value of an array.
+      ValueError: if no row has the metric of a leaf.
 
     Example:
       >>> import matplotlib.figure
@@ -80,17 +79,15 @@ def per_layer(
       >>> plots.per_layer(axes, rows, "update_rms")
       >>> print(axes.get_legend_handles_labels()[1])
       ['a/kernel']
-
-    References:
-      `rmsprop_jax.diagnostics.metrics`.
     """
-    rows = list(rows)
-    start = f"{value}/"
-    keys = dict.fromkeys(k for row in rows for k in row if k.startswith(start))
-    for key in keys or [start + "..."]:
-        _line(axes, _with(rows, x, key), x, key, key.removeprefix(start))
+    rows, prefix = list(rows), f"{value}/"
+    keys = dict.fromkeys(k for row in rows for k in row if k.startswith(prefix))
+    lines = {
+        key.removeprefix(prefix): (_complete(rows, x, key), key)
+        for key in keys or [f"{prefix}..."]
+    }
+    _draw(axes, lines, x, value)
     axes.set_yscale("log")
-    _finish(axes, x, value)
 
 
 def denominator(
@@ -100,73 +97,65 @@ def denominator(
     eps: float = 1e-8,
     eps_in_sqrt: bool = True,
 ) -> None:
-    """Draw how large the roots of nu are, and eps beside them.
+    """Plot a histogram of sqrt(nu), with a line at eps.
 
-    Left of the line eps is the larger part of the denominator: there, steps shrink with
-    the gradient.
+    To the left of the line, eps dominates, and updates shrink with the gradient.
 
     Args:
-      axes: matplotlib axes.
-      histogram: what `diagnostics.histogram(state)` returned. NaN and infinity are not
-        in it, and so not in the shares.
-      eps: what `rmsprop` was given.
-      eps_in_sqrt: what `rmsprop` was given.
+      axes: matplotlib axes; the x-axis becomes logarithmic.
+      histogram: edges and counts from `diagnostics.histogram(state)`.
+      eps: the `eps` of the optimizer.
+      eps_in_sqrt: the `eps_in_sqrt` of the optimizer.
 
     Raises:
-      ValueError: if there is not one edge more than counts.
+      ValueError: if there is not one more edge than there are counts.
 
     Example:
-      >>> import jax.numpy as jnp, matplotlib.figure
-      >>> from rmsprop_jax import diagnostics, plots, scale_by_rms
+      >>> import matplotlib.figure
+      >>> from rmsprop_jax import plots
       >>> axes = matplotlib.figure.Figure().subplots()
-      >>> state = scale_by_rms(initial_scale=0.01).init(jnp.zeros(5))
-      >>> plots.denominator(axes, diagnostics.histogram(state))
+      >>> plots.denominator(axes, histogram=([0.0, 0.5, 1.0], [1, 3]))
       >>> print(axes.get_xlabel())
       square root of nu [units of the gradient]
-
-    References:
-      v and eps as in `rmsprop_jax.rule`.
     """
     edges, counts = (np.asarray(x, float) for x in histogram)
     share = 100 * counts / max(counts.sum(), 1)
-    # The first bin begins at 0, which no logarithmic axis has.
+    # A logarithmic axis has no 0, where the first bin begins.
     axes.stairs(share[1:], edges[1:], fill=True, color="0.75", edgecolor="0.3")
     line = float(np.sqrt(eps) if eps_in_sqrt else eps)
-    used = edges[1:][np.flatnonzero(share[1:])]
+    used = np.append(edges[1:-1][share[1:] > 0], [line] * (line > 0))
     if line > 0:
-        name = "root of eps" if eps_in_sqrt else "eps"
+        name = "sqrt(eps)" if eps_in_sqrt else "eps"
         axes.axvline(line, color="black", linestyle="--", label=f"{name}: {line:.1g}")
-        used = np.append(used, line)
     if used.size:
         axes.set_xscale("log")
         axes.set_xlim(used.min() / 10, used.max() * 10)
     if share[0]:
-        axes.plot([], [], " ", label=f"exactly 0: {share[0]:.3g} %")
-    axes.set(xlabel="square root of nu [units of the gradient]")
-    axes.set(ylabel="coordinates [% a bin]")
+        axes.plot([], [], " ", label=f"zero: {share[0]:.3g} %")
+    xlabel = "square root of nu [units of the gradient]"
+    axes.set(xlabel=xlabel, ylabel="coordinates [% per bin]")
     if axes.lines:
         axes.legend()
 
 
-def _with(rows, x, value):
-    """Return the rows that have both keys; an empty cell of a table counts as none."""
+def _complete(rows, x, value):
+    """Return the rows that have both keys; an empty table cell counts as missing."""
     rows = list(rows)
-    there = lambda cell: cell is not None and str(cell) != ""  # noqa: E731
-    found = [row for row in rows if there(row.get(x)) and there(row.get(value))]
+    has = lambda row, key: str(row.get(key, "")) not in ("", "None")  # noqa: E731
+    found = [row for row in rows if has(row, x) and has(row, value)]
     if not found:
         keys = ", ".join(dict.fromkeys(k for row in rows for k in row))
         raise ValueError(f"no row has {x} and {value}; there are: {keys or 'no rows'}.")
     return found
 
 
-def _line(axes, rows, x, value, label):
-    i = len(axes.lines)
-    points = [(float(row[x]), float(row[value])) for row in rows]
-    style = STYLES[i % len(STYLES)] + MARKERS[i % len(MARKERS)]
-    axes.plot(*zip(*points, strict=True), style, label=label, markersize=3)
-
-
-def _finish(axes, x, value):
-    axes.set(xlabel=x.replace("_", " "), ylabel=value.replace("_", " "))
+def _draw(axes, lines, x, ylabel):
+    """Draw lines, given as label: (rows, key of the y-axis)."""
+    for label, (rows, key) in lines.items():
+        i = len(axes.lines)
+        style = STYLES[i % len(STYLES)] + MARKERS[i % len(MARKERS)]
+        points = ([float(row[k]) for row in rows] for k in (x, key))
+        axes.plot(*points, style, label=label, markersize=3)
+    axes.set(xlabel=x.replace("_", " "), ylabel=ylabel.replace("_", " "))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -169,3 +169,48 @@ def through_pickle(state, target, folder):
     """Save a state with pickle and restore a copy of it."""
     (folder / "state").write_bytes(pickle.dumps(state))
     return copy.deepcopy(pickle.loads((folder / "state").read_bytes()))
+
+
+SMALL = dict(nu_dtype="uint8", momentum_dtype="bfloat16")
+
+
+def draw(seed, shapes):
+    """Return a random tree of float32 arrays with these shapes."""
+    random = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(random.normal(size=shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def assert_within_an_ulp(state, other):
+    """Compare stored states: a float32 ulp may become one of a smaller format."""
+    ulp = dict(float32=(1e-6, 1e-7), bfloat16=(0.01, 1e-7), uint8=(0, 1), int32=(0, 0))
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+    for pair in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        rtol, atol = ulp[pair[0].dtype.name]
+        values = [np.asarray(x).astype("float64") for x in pair]
+        np.testing.assert_allclose(*values, rtol=rtol, atol=atol)
+
+
+def assert_placed(tree, shardings):
+    same = lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim)  # noqa: E731
+    assert jax.tree.all(jax.tree.map(same, tree, shardings))
+
+
+def aligned(x):
+    """Return a NumPy copy that JAX would share: it begins at a multiple of 64 bytes."""
+    memory = np.empty(x.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copied = memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    copied[...] = x
+    return copied
+
+
+def to_params(arrays):
+    """Arrange a kernel and a bias of PyTorch as a pytree, for `interop`."""
+    return dict(kernel=arrays[0].T, bias=arrays[1])
+
+
+def from_params(params):
+    return [params["kernel"].T, params["bias"]]

@@ -1,7 +1,7 @@
-"""What the update is compiled to for a TPU and an NVIDIA GPU; neither is needed.
+"""The memory traffic of compiled updates on TPU and NVIDIA GPU; neither is needed.
 
 The compilers come with the extra `aot`: `pip install -e '.[aot]'`, then
-`pytest tests/test_compiled.py`. Without it, all of this is skipped.
+`pytest tests/test_compiled.py`. Without it, these tests are skipped.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from rmsprop_jax import rmsprop, sharding
 
-# What XLA asks the driver of an H200 for.
+# What XLA would read from the driver of an H200.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
@@ -37,22 +37,24 @@ runtime_version { major: 13 minor: 0 }
 device_description_str: "NVIDIA H200"
 """
 SMALL = dict(nu_dtype=jnp.bfloat16, momentum=0.9, momentum_dtype=jnp.bfloat16)
-# Options, bytes a parameter, and passes over the arrays: codes need their row's scale.
+UINT8 = dict(nu_dtype=jnp.uint8)
+# Options; bytes a parameter that a step moves, and of parameters and state; passes over
+# the arrays, two where codes need the scale of their row first.
 CASES = {
-    "plain": ({}, 20, 1),
-    "momentum": (dict(momentum=0.9), 28, 1),
-    "centered_momentum": (dict(centered=True, momentum=0.9), 36, 1),
-    "bfloat16": (dict(nu_dtype=jnp.bfloat16), 16, 1),
-    "bfloat16_both": (SMALL, 20, 1),
-    "uint8": (dict(nu_dtype=jnp.uint8), 19, 2),
+    "plain": ({}, 20, 8, 1),
+    "momentum": (dict(momentum=0.9), 28, 12, 1),
+    "centered_momentum": (dict(centered=True, momentum=0.9), 36, 16, 1),
+    "bfloat16": (dict(nu_dtype=jnp.bfloat16), 16, 6, 1),
+    "bfloat16_both": (SMALL, 20, 8, 1),
+    "uint8": (UINT8, 19, 5, 2),
 }
 each = pytest.mark.parametrize("case", CASES)
-FLOAT32 = [name for name, (options, *_) in CASES.items() if "nu_dtype" not in options]
+SIDE = 4096
 
 
 @pytest.fixture(autouse=True, scope="module")
 def uncached():
-    """Keep no programs, as those for devices that are not there cannot be read back."""
+    """Disable the cache: programs for absent devices cannot be read back."""
     for enabled in (False, True):
         jax.config.update("jax_enable_compilation_cache", enabled)
         # JAX decides once whether it has a cache.
@@ -63,7 +65,7 @@ def uncached():
 
 @pytest.fixture(scope="module", params=["tpu", "gpu"])
 def devices(request):
-    """Return four devices that are not there."""
+    """Return four absent devices of a kind."""
     package = dict(tpu="libtpu", gpu="jax_plugins.xla_cuda13")[request.param]
     try:
         found = importlib.util.find_spec(package)
@@ -75,33 +77,28 @@ def devices(request):
         options = dict(topology="1x1x4", target_config=H200)
         return topologies.get_topology_desc("h200", "cuda", **options).devices
     with pytest.MonkeyPatch.context() as patch:
-        # There is no machine of that kind around to ask for.
+        # There is no such machine to ask about.
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
         return topologies.get_topology_desc("v5e:2x2", "tpu").devices
 
 
+def shaped(shape, sharding, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
 def compiled(options, params):
-    """Return the compiled step: parameters and state are given away, as in training."""
+    """Return the compiled step, with parameters and state donated."""
     tx = rmsprop(0.001, **options)
-    # The state lives where `init` puts it.
-    init = jax.jit(tx.init).lower(params).compile()
-    state = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.eval_shape(tx.init, params),
-        init.output_shardings,
-    )
+    where = jax.jit(tx.init).lower(params).compile().output_shardings
+    shapes = jax.eval_shape(tx.init, params)
+    state = jax.tree.map(lambda x, s: shaped(x.shape, s, x.dtype), shapes, where)
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    return jitted.lower(params, state, params).compile()
-
-
-def shaped(shape, sharding, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
 COLLECTIVE = re.compile(
@@ -112,7 +109,7 @@ ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 def arrays(text):
-    """Return the bytes of each array of a type, and whether it is in main memory."""
+    """Return the bytes of each array in a type, and whether it is in main memory."""
     found = []
     for kind, dimensions, layout in ARRAY.findall(text):
         size = math.prod(int(x) for x in dimensions.split(",") if x)
@@ -122,13 +119,13 @@ def arrays(text):
 
 
 def traffic(executable):
-    """Return {instruction: bytes it moves from and to main memory}, copies apart.
+    """Return the bytes that each kernel moves from and to main memory, and the total.
 
-    A copy that runs beside the kernels reports all its ends in one type; what it moves
-    is the smallest that is an array.
+    A copy that runs beside the kernels lists all its ends in one type; it moves the
+    smallest of them that is an array.
     """
     text = executable.as_text()
-    types, kernels, copies = {}, {}, {}
+    types, kernels, copies = {}, [], []
     for line in text[text.index("\nENTRY ") :].splitlines()[2:]:
         found = re.match(r"\s+(?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)", line)
         if not found:
@@ -136,92 +133,87 @@ def traffic(executable):
         name, kind, operation, rest = found.groups()
         types[name] = arrays(kind)
         if operation.endswith("-start"):
-            copies[name] = min(size for size, _ in types[name] if size > 4)
+            copies.append(min(size for size, _ in types[name] if size > 4))
         elif operation in ("fusion", "copy", "custom-call"):
             ends = [types[x] for x in re.findall(r"%[\w.-]+", rest.split(")")[0])]
             ends = [end for x in [types[name], *ends] for end in x]
-            kernels[name] = sum(size for size, main in ends if main)
-    return kernels, copies
+            kernels.append(sum(size for size, main in ends if main))
+    return kernels, sum(kernels) + sum(copies)
 
 
 @each
-def test_moves_no_more_than_it_must(case, devices):
-    options, expected, passes = CASES[case]
-    shape = (4096, 4096)
-    step = compiled(options, [shaped(shape, SingleDeviceSharding(devices[0]))])
-    kernels, copies = traffic(step)
-    moved = (sum(kernels.values()) + sum(copies.values())) / math.prod(shape)
-    assert moved == pytest.approx(expected, rel=0.001)
-    assert sum(x > math.prod(shape) for x in kernels.values()) == passes
-    cost = step.cost_analysis()
-    if devices[0].platform == "tpu" and case in FLOAT32:
+def test_a_step_moves_and_allocates_no_more_than_it_must(case, devices):
+    options, expected, held, passes = CASES[case]
+    where, count = SingleDeviceSharding(devices[0]), SIDE**2
+    step = compiled(options, [shaped((SIDE, SIDE), where)])
+    kernels, moved = traffic(step)
+    assert moved / count == pytest.approx(expected, rel=0.001)
+    assert sum(x > count for x in kernels) == passes
+    if devices[0].platform == "tpu" and "nu_dtype" not in options:
         # Nothing is held in the core's memory, so XLA's own count is the same.
-        assert cost["bytes accessed"] / math.prod(shape) == pytest.approx(moved, 1e-4)
-
-
-@each
-def test_needs_no_memory_of_its_own(case, devices):
-    options, _, passes = CASES[case]
-    shape = (4096, 4096)
-    step = compiled(options, [shaped(shape, SingleDeviceSharding(devices[0]))])
+        assert step.cost_analysis()["bytes accessed"] == pytest.approx(moved, 1e-4)
     memory = step.memory_analysis()
     # Tables of pointers, and between two passes the scale of each row and its inverse.
-    assert memory.temp_size_in_bytes <= 1024 + (passes - 1) * 8 * shape[0]
-    given = memory.alias_size_in_bytes / math.prod(shape)
-    moved = dict(plain=8, momentum=12, centered_momentum=16, bfloat16=6, uint8=5)
-    assert given == pytest.approx(moved.get(case, 8), rel=0.001)
+    assert memory.temp_size_in_bytes <= 1024 + (passes - 1) * 8 * SIDE
+    assert memory.alias_size_in_bytes / count == pytest.approx(held, rel=0.001)
 
 
 def mixed():
-    """Return the shapes of 100 parameters, as of a small transformer."""
+    """Return the shapes of 40 parameters, as of a small transformer."""
     block = [(512, 1536), (1536,), (512, 512), (512,), (512,), (512,), (512, 2048)]
     block += [(2048,), (2048, 512), (512,), (512,), (512,)]
-    return [(8000, 512), (256, 512), (512,), (512, 1), *8 * block]
+    return [(8000, 512), (256, 512), (512,), (512, 1), *3 * block]
 
 
 @each
 def test_a_tree_is_one_kernel_a_leaf(case, devices):
-    options, expected, passes = CASES[case]
+    options, expected, _, passes = CASES[case]
     where = SingleDeviceSharding(devices[0])
-    params = [shaped(shape, where) for shape in mixed()]
-    assert len(params) == 100
-    kernels, copies = traffic(compiled(options, params))
-    total = sum(math.prod(shape) for shape in mixed())
-    moved = (sum(kernels.values()) + sum(copies.values())) / total
+    kernels, moved = traffic(compiled(options, [shaped(x, where) for x in mixed()]))
     if case == "uint8" and devices[0].platform != "tpu":
-        # Of a small leaf, the fresh average is written and read again: the GPU's second
-        # cache of 60 MB holds it, and arithmetic is dearer.
+        # The new average of a small leaf is written and read again: it fits in the
+        # second-level cache of 60 MB, and computing it twice takes longer.
         expected += 8
-    assert moved <= expected * 1.02
+    assert moved <= sum(map(math.prod, mixed())) * expected * 1.02
     large = sum(math.prod(x) >= 4096 and len(x) > 1 for x in mixed())
-    # Count and offset have theirs; codes a second pass and, on TPU, one for the scales.
-    most = 102 + 2 * (passes - 1) * large
-    assert len([x for x in kernels.values() if x > 8]) <= most
+    # One each for count and dither offset; for codes a second pass and, on TPU, one for
+    # the scales.
+    most = len(mixed()) + 2 + 2 * (passes - 1) * large
+    assert len([x for x in kernels if x > 8]) <= most
+
+
+WHOLE_ROWS, SPLIT_ROWS = [P("x")], [P("x", "y"), P(None, ("x", "y"))]
+
+
+def collectives(options, specs, devices):
+    """Return the type and the name of each collective in a step on a 2 x 2 mesh."""
+    mesh = Mesh(np.array(devices).reshape(2, 2), ("x", "y"))
+    params = [shaped((SIDE, SIDE), NamedSharding(mesh, spec)) for spec in specs]
+    return COLLECTIVE.findall(compiled(options, params).as_text())
 
 
 @each
-@pytest.mark.parametrize("spec", [P("x", "y"), P("x"), P(None, ("x", "y"))], ids=str)
-def test_a_mesh_needs_no_collective(case, spec, devices):
-    mesh = Mesh(np.array(devices).reshape(2, 2), ("x", "y"))
-    step = compiled(CASES[case][0], [shaped((4096, 4096), NamedSharding(mesh, spec))])
-    found = COLLECTIVE.findall(step.as_text())
-    if case == "uint8" and len(spec) > 1:
-        # A row that is split has one largest number: 4 bytes of it.
-        ((kind, operation),) = found
-        assert operation == "all-reduce"
-        assert max(size for size, _ in arrays(kind)) <= 4 * 4096
-    else:
-        assert not found
+def test_a_mesh_needs_no_collective(case, devices):
+    specs = WHOLE_ROWS if case == "uint8" else WHOLE_ROWS + SPLIT_ROWS
+    assert not collectives(CASES[case][0], specs, devices)
 
 
-@pytest.mark.parametrize("kept", [{}, dict(nu_dtype=jnp.uint8)], ids=["float", "uint8"])
-def test_zero_scatters_gradients_and_gathers_updates(kept, devices):
-    mesh, size = Mesh(np.array(devices), ("data",)), 4096
+@pytest.mark.parametrize("spec", SPLIT_ROWS, ids=str)
+def test_split_rows_of_uint8_need_one_maximum(spec, devices):
+    ((kind, operation),) = collectives(UINT8, [spec], devices)
+    assert operation == "all-reduce"
+    assert max(size for size, _ in arrays(kind)) <= 4 * SIDE
+
+
+@pytest.mark.parametrize("options", [{}, UINT8], ids=["float32", "uint8"])
+def test_zero_scatters_gradients_and_gathers_updates(options, devices):
+    mesh = Mesh(np.array(devices), ("data",))
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    tx = rmsprop(0.01, **kept)
-    params = shaped((size, size), everywhere)
+    tx = rmsprop(0.01, **options)
+    params = shaped((SIDE, SIDE), everywhere)
     state = jax.eval_shape(tx.init, params)
-    where, whole = sharding.zero(state, mesh, "data")
+    where, replicated = sharding.zero(state, mesh, "data")
+    assert not replicated
     state = jax.tree.map(lambda x, s: shaped(x.shape, s, x.dtype), state, where)
 
     def step(params, state, x):
@@ -230,18 +222,16 @@ def test_zero_scatters_gradients_and_gathers_updates(kept, devices):
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(everywhere, where))
-    program = step.lower(params, state, shaped((512, size), split)).compile()
+    program = step.lower(params, state, shaped((512, SIDE), split)).compile()
     found = {operation for _, operation in COLLECTIVE.findall(program.as_text())}
     if devices[0].platform == "tpu":
-        # Of so few chips XLA sums the gradients whole; permuting is one more way to
-        # pass the new parts of the parameters around.
+        # With so few chips XLA sums whole gradients, and permutes to pass the new parts
+        # of the parameters around.
         assert found == {"all-reduce", "all-gather", "collective-permute"}
     else:
         assert found == {"reduce-scatter", "all-gather"}
-    assert not whole
-    # Given to a device: the parameters, a quarter of the state and of the batch.
-    bytes_of_state = size**2 * (1 if kept else 4) + (4 * size if kept else 0)
-    given = 4 * size**2 + (bytes_of_state + 4 * 512 * size) / 4
-    assert program.memory_analysis().argument_size_in_bytes == pytest.approx(
-        given, 1e-4
-    )
+    # Arguments: the parameters, and a quarter of the state and of the batch.
+    bytes_of_state = SIDE**2 + 4 * SIDE if options else 4 * SIDE**2
+    given = 4 * SIDE**2 + (bytes_of_state + 4 * 512 * SIDE) / 4
+    memory = program.memory_analysis()
+    assert memory.argument_size_in_bytes == pytest.approx(given, 1e-4)

@@ -1,7 +1,7 @@
-"""Run the notebooks from top to bottom; with --write, keep what they printed.
+"""Run the notebooks from top to bottom; with --write, save their outputs.
 
-`python tests/notebooks.py` runs all of them as they are, with --quick smaller ones that
-take seconds; names after it choose some.
+`python tests/measure/notebooks.py` runs all of them, or those named after it; with
+`--quick` they are smaller and take seconds.
 """
 
 import argparse
@@ -11,14 +11,14 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 ALL = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
 def run(name, quick, folder):
-    """Return the notebook with fresh outputs; a cell that raises is an error."""
+    """Return the notebook with new outputs; raises if a cell does."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    # A notebook asks for QUICK in its first cell of code; "" means no.
+    # Notebooks read QUICK in their first code cell; "" means no.
     os.environ["QUICK"] = "1" if quick else ""
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=1800, resources=resources).execute()
@@ -26,7 +26,7 @@ def run(name, quick, folder):
 
 
 def tidy(notebook):
-    """Leave out what differs from run to run: times of execution, the kernel's name."""
+    """Remove what differs from run to run: execution times, the kernel's name."""
     notebook.metadata = dict(
         kernelspec=dict(display_name="Python 3", language="python", name="python3"),
         language_info=dict(name="python"),
@@ -36,7 +36,6 @@ def tidy(notebook):
 
 
 def main():
-    """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=ALL, metavar="NAME")
     parser.add_argument("--quick", action="store_true")

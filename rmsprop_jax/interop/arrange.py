@@ -1,0 +1,172 @@
+"""Convert lists of arrays to an RMSPropState and back, with the checks they share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmsprop_jax import storage
+from rmsprop_jax.transform import PyTree, RMSPropState
+
+ToParams = Callable[[list[np.ndarray]], PyTree]
+FromParams = Callable[[PyTree], Sequence[Any]]
+X64 = "Enable jax.config.jax_enable_x64, or cast it."
+HALF = "Averages freeze in half precision: cast it to float32 to accept that."
+COMPLEX = (
+    "PyTorch treats a complex parameter as two real ones: wrap presets.torch in "
+    "optax.contrib.split_real_and_imaginary, and convert the state in it from or to "
+    "torch.view_as_real of each buffer."
+)
+FIXES = dict(float16=HALF, bfloat16=HALF, complex64=COMPLEX, complex128=COMPLEX)
+
+
+def require(mapping, at, names, fix="", exact=False):
+    """Refuse a mapping that lacks these entries or, if `exact`, has others."""
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}. {fix}")
+    missing = [name for name in names if name not in mapping]
+    extra = [name for name in mapping if name not in {*names}] if exact else []
+    if missing or extra:
+        raise ValueError(
+            f"{at} must have the entries {[*names][:12]}; missing: {missing[:12]}, "
+            f"extra: {extra[:12]}. {fix}"
+        )
+
+
+def used(names, options):
+    """Return the names, {field: name}, of the buffers that a run with options has."""
+    has = {"nu": True, "mu": options["centered"], "trace": options["momentum"]}
+    return {field: name for field, name in names.items() if has[field]}
+
+
+def steps(at, count):
+    """Return a number of steps as an int."""
+    try:
+        number = float(np.asarray(_on_host(count)))
+    except (TypeError, ValueError):
+        number = np.nan
+    if not (0 <= number < 2**31 and number == int(number)):
+        raise ValueError(f"{at} must be an integer in [0, 2^31), got {count}.")
+    return int(number)
+
+
+def check_dtype(at, x, allowed=("float32", "float64")):
+    """Refuse an array of another dtype, or of one that JAX has disabled."""
+    dtype = getattr(x, "dtype", type(x).__name__)
+    dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
+    enabled = [x for x in allowed if jax.dtypes.canonicalize_dtype(x) == x]
+    if dtype not in enabled:
+        fix = X64 if dtype in allowed else FIXES.get(dtype, "")
+        raise ValueError(f"{at} must be {' or '.join(enabled)}, got {dtype}. {fix}")
+
+
+def check_finite(at, x):
+    """Refuse an array that is not finite."""
+    finite = jnp.isfinite(x) if isinstance(x, jax.Array) else np.isfinite(x)
+    if not finite.all():
+        raise ValueError(
+            f"{at} must be finite, got {int(finite.size - finite.sum())} of "
+            f"{finite.size} elements that are not. Use an earlier checkpoint."
+        )
+
+
+def to_state(count, buffers, to_params):
+    """Return the RMSPropState with these buffers.
+
+    Args:
+      count: number of steps taken.
+      buffers: {field: {where an array came from: array}}, with E|g|^2 for `nu`.
+      to_params: as in `rmsprop_jax.interop`.
+    """
+    arrays = {k: [_array(at, x) for at, x in b.items()] for k, b in buffers.items()}
+    for field, buffer in buffers.items():
+        rows = zip(buffers["nu"], arrays["nu"], buffer, arrays[field], strict=True)
+        for label, nu, at, x in rows:
+            _check_buffer(field, label, nu, at, x)
+    if "mu" in arrays:
+        arrays["nu"] = variance(arrays["nu"], arrays["mu"])
+    trees = {}
+    for field, given in arrays.items():
+        tree = to_params([np.array(x) for x in given])
+        _check_elements("to_params", given, jax.tree.leaves(tree))
+        trees[field] = jax.tree.map(jnp.array, tree)
+    count = jnp.asarray(count, jnp.int32)
+    return RMSPropState(count, trees["nu"], trees.get("mu"), trees.get("trace"))
+
+
+def from_state(state, from_params):
+    """Return the buffers of a state as {field: list}, with E|g|^2 for `nu`."""
+    buffers = jax.tree_util.tree_map_with_path(
+        lambda path, x: _array(f"state{jax.tree_util.keystr(path)}", x),
+        storage.convert(state)._replace(count=None),
+    )
+    if buffers.mu is not None:
+        buffers = buffers._replace(nu=second_moment(buffers.nu, buffers.mu))
+    lists = {}
+    for field, tree in buffers._asdict().items():
+        if tree is not None:
+            lists[field] = list(from_params(jax.tree.map(np.copy, tree)))
+            _check_elements("from_params", jax.tree.leaves(tree), lists[field])
+    return lists
+
+
+def variance(square, mu):
+    """Return E|g|^2 - |E g|^2, at least 0, of trees."""
+    return jax.tree.map(lambda x, m: (x - (m * m.conj()).real).clip(0), square, mu)
+
+
+def second_moment(nu, mu):
+    """Return E|g|^2 of trees, from a centered `nu`."""
+    return jax.tree.map(lambda x, m: x + (m * m.conj()).real, nu, mu)
+
+
+def _on_host(x):
+    """Return a PyTorch tensor in a form that NumPy reads; others pass through."""
+    return x.detach().cpu() if hasattr(x, "detach") else x
+
+
+def _array(at, x):
+    """Return an array of any framework, checked, as a NumPy array."""
+    check_dtype(at, x)
+    x = np.asarray(_on_host(x))
+    check_finite(at, x)
+    return x
+
+
+def _check_buffer(field, label, nu, at, x):
+    """Refuse array x of a field if it does not fit its average of squares."""
+    if (x.shape, x.dtype) != (nu.shape, nu.dtype):
+        raise ValueError(
+            f"{at} must be {nu.dtype}{list(nu.shape)} like {label}, got "
+            f"{x.dtype}{list(x.shape)}."
+        )
+    if field == "nu" and (x < 0).any():
+        raise ValueError(f"{at} must not be negative: it is an average of squares.")
+    # Rounding adds up to less than this.
+    if field == "mu" and (np.abs(x) > 1.0005 * np.sqrt(nu) + 1e-15).any():
+        raise ValueError(
+            f"{at} must have squares below {label}, the average of squares of the same "
+            "gradients. Is it the momentum?"
+        )
+
+
+def _check_elements(name, given, returned):
+    """Refuse arrays that `name` returned with elements lost, repeated or changed."""
+    returned = [_array(f"{name}(...)[{i}]", x) for i, x in enumerate(returned)]
+    if _elements(given) != _elements(returned):
+        old, new = ([f"{x.dtype}{list(x.shape)}" for x in y] for y in (given, returned))
+        raise ValueError(
+            f"{name} must return every element once and unchanged, got {new} for {old}."
+            " It may transpose, reshape, split and join arrays."
+        )
+
+
+def _elements(arrays):
+    """Return the sorted elements of each dtype, for comparison."""
+    by_dtype = {}
+    for x in arrays:
+        by_dtype.setdefault(str(x.dtype), []).append(np.ravel(x))
+    # Adding 0 makes -0 and 0, which sort as equal, the same bytes.
+    return {k: np.sort(np.concatenate(x) + 0).tobytes() for k, x in by_dtype.items()}

@@ -1,0 +1,90 @@
+"""Convert state from and to TensorFlow 1's RMSPropOptimizer and Keras 2's RMSprop."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rmsprop_jax.interop import arrange
+from rmsprop_jax.transform import RMSPropState
+
+NAMES = {"nu": "rms", "mu": "mg", "trace": "momentum"}
+
+
+def from_tf1(
+    slots: Mapping[str, Sequence[Any]], to_params: arrange.ToParams, *, count: int = 0
+) -> RMSPropState:
+    """Convert the state of TensorFlow 1's RMSPropOptimizer, to resume its run here.
+
+    Args:
+      slots: lists of arrays under "rms", under "mg" if centered, and under "momentum"
+        unless momentum was 0: `[optimizer.get_slot(w, "rms") for w in variables]`. In a
+        checkpoint, the slots of a variable w are called w/RMSProp, w/RMSProp_1 and
+        w/RMSProp_2, in this order. The legacy RMSprop of tf_keras has the same slots.
+      to_params: arranges a list of arrays as the pytree of parameters.
+      count: number of steps taken, which the slots do not contain.
+
+    Returns:
+      A state for `presets.tf1`, or `presets.keras_legacy`, with the hyperparameters of
+      the run.
+
+    Raises:
+      ValueError: as `from_torch`.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import interop
+      >>> slots = {"rms": [np.ones((2, 3), "float32")]}
+      >>> print(interop.from_tf1(slots, lambda x: {"kernel": x[0]}).nu["kernel"].shape)
+      (2, 3)
+
+    References:
+      TensorFlow 2.21, tensorflow/python/training/rmsprop.py.
+    """
+    arrange.require(slots, "slots", ["rms"])
+    options = dict(centered="mg" in slots, momentum="momentum" in slots)
+    names = arrange.used(NAMES, options)
+    arrange.require(slots, "slots", [*names.values()], "Remove others.", exact=True)
+    buffers = {}
+    for field, name in names.items():
+        arrays, fits = slots[name], isinstance(slots[name], list | tuple)
+        if not fits or len(arrays) != len(slots["rms"]):
+            raise ValueError(
+                f"slots[{name!r}] must be a list with an array for each variable, got "
+                f"{type(arrays).__name__} of length {len(arrays)}, and "
+                f"{len(slots['rms'])} for rms."
+            )
+        buffers[field] = {f"slots[{name!r}][{i}]": x for i, x in enumerate(arrays)}
+    return arrange.to_state(arrange.steps("count", count), buffers, to_params)
+
+
+def to_tf1(
+    state: RMSPropState, from_params: arrange.FromParams
+) -> dict[str, list[np.ndarray]]:
+    """Convert the state of `presets.tf1`, to resume its run in TensorFlow 1.
+
+    Args:
+      state: state of `presets.tf1` or `presets.keras_legacy`.
+      from_params: arranges the pytree of parameters as a list of arrays in the order of
+        the TensorFlow variables.
+
+    Returns:
+      Lists of arrays under "rms", "momentum" (zeros if momentum is off: TensorFlow
+      always has this slot) and, if centered, "mg".
+
+    Raises:
+      ValueError: as `to_torch`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import interop, presets
+      >>> state = presets.tf1(0.1).init({"kernel": jnp.ones((2, 3))})
+      >>> print(list(interop.to_tf1(state, lambda p: [p["kernel"]])))
+      ['rms', 'momentum']
+
+    References:
+      TensorFlow 2.21, tensorflow/python/training/rmsprop.py.
+    """
+    lists = arrange.from_state(state, from_params)
+    lists.setdefault("trace", [np.zeros_like(x) for x in lists["nu"]])
+    return {NAMES[field]: x for field, x in lists.items()}

@@ -1,0 +1,298 @@
+"""Measure speed and memory on this machine and print them as Markdown tables.
+
+`python tests/measure/speed.py > tests/measure/speed.md`; `--quick` is for a try.
+
+Times are ratios of medians of runs that take turns, A B A B ..., on the same inputs:
+below 1, ours is faster. In the first table a step is compiled, with parameters and
+state donated, and the first one is checked against the rule in float64. `float32` is
+ours with float32 state; `optax` is `optax.rmsprop` with float32 state; `torch` is
+`torch.optim.RMSprop`, where it is installed, on the same kind of device, and on a GPU
+`compiled` its compiled form. In the second table, first use starts with empty caches.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import rmsprop_jax
+from rmsprop_jax import diagnostics, storage
+
+MOMENTUM, CENTERED = dict(momentum=0.9), dict(centered=True, momentum=0.9)
+OPTIONS = {"plain": {}, "momentum": MOMENTUM, "centered + momentum": CENTERED}
+BFLOAT16, UINT8 = dict(nu_dtype=jnp.bfloat16), dict(nu_dtype=jnp.uint8)
+SMALL = {
+    "bfloat16 nu": BFLOAT16,
+    "uint8 nu": UINT8,
+    "bfloat16 nu and momentum": BFLOAT16 | MOMENTUM | dict(momentum_dtype=jnp.bfloat16),
+}
+LIBRARIES = (rmsprop_jax, optax)
+
+
+def transformer(width, blocks):
+    """Return the shapes of a transformer: 4 arrays, and 12 in each block."""
+    block = [(width, 3 * width), (3 * width,), (width, width), *3 * [(width,)]]
+    block += [(width, 4 * width), (4 * width,), (4 * width, width), *3 * [(width,)]]
+    return [(64 * width, width), (width,), (width, width), (width,), *blocks * block]
+
+
+def trees(quick):
+    """Return {name: shapes}: one large leaf, equal ones, mixed ones, a huge one."""
+    side, width, blocks, huge = (1024, 32, 3, 2048) if quick else (4096, 128, 48, 16384)
+    mixed = transformer(width, blocks)
+    return {
+        f"{side}^2": [(side, side)],
+        f"100 x {side // 10}^2": 100 * [(side // 10, side // 10)],
+        f"{len(mixed)} mixed": mixed,
+        f"{huge}^2": [(huge, huge)],
+    }
+
+
+def problem(shapes):
+    """Return random parameters and gradients whose sizes differ from leaf to leaf."""
+    draw = partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
+    sizes = [np.float32(10.0 ** -(i % 5)) for i in range(len(shapes))]
+    pairs = [*zip(sizes, shapes, strict=True)]
+    return tuple([jnp.asarray(x * draw(y)) for x, y in pairs] for _ in range(2))
+
+
+def warm(run):
+    """Prepare a run that has everything in caches."""
+    return run
+
+
+def fresh(run):
+    """Prepare a run without anything in caches."""
+    jax.clear_caches()
+    return run
+
+
+def interleaved(runs, rounds, prepare=warm):
+    """Return the median seconds of each run, prepared anew; they take turns."""
+    seconds = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            function = prepare(run)
+            begun = time.perf_counter()
+            jax.block_until_ready(function())
+            if turn:
+                seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def ratio(seconds, other):
+    return f"{seconds['ours'] / seconds[other]:.2f}" if other in seconds else "-"
+
+
+def copy_bandwidth(size, rounds):
+    """Return the bytes per second of x = x + 1, in place, on float32 numbers."""
+    held = [jnp.ones(size, jnp.float32)]
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def run():
+        held[0] = add(held[0])
+        return held
+
+    return 8 * size / interleaved({"copy": run}, rounds)["copy"]
+
+
+def stepper(tx, params, grads):
+    """Return a function that takes one step, what it holds, and the program."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    held = [jax.tree.map(jnp.copy, params), tx.init(params)]
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(*held, grads).compile()
+
+    def run():
+        held[:] = program(*held, grads)
+        return held
+
+    return run, held, program
+
+
+def check(held, params, grads, centered):
+    """Compare the first step with the rule in float64, up to 2^20 numbers a leaf."""
+    for leaf in zip(held[0], params, grads, strict=True):
+        new, p, g = (np.asarray(x).ravel()[: 2**20].astype(np.float64) for x in leaf)
+        v = 0.1 * g**2 - (0.1 * g) ** 2 * centered
+        expected = p - 1e-3 * g / np.sqrt(v + 1e-8)
+        np.testing.assert_allclose(new, expected, rtol=2e-6, atol=1e-6)
+
+
+def torch_steppers(options, params, grads):
+    """Return PyTorch's step on the same numbers, and on a GPU its compiled form."""
+    # Threads that spin while they wait would take their cores from the next run.
+    os.environ |= dict(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0")
+    try:
+        import torch
+    except ImportError:
+        return {}
+    gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    tensor = partial(torch.tensor, device="cuda" if gpu else "cpu")
+    leaves = [tensor(np.asarray(p)) for p in params]
+    for leaf, g in zip(leaves, grads, strict=True):
+        leaf.grad = tensor(np.asarray(g))
+    options = dict(options, lr=1e-3, alpha=0.9, foreach=gpu or None)
+    step = torch.optim.RMSprop(leaves, **options).step
+    if not gpu:
+        return {"torch": step}
+    steps = {"torch": step, "compiled": torch.compile(step)}
+    return {k: lambda x=x: (x(), torch.cuda.synchronize()) for k, x in steps.items()}
+
+
+def step_row(name, tree, shapes, rounds, bandwidth):
+    """Return the row of the compiled step with some options."""
+    options = (OPTIONS | SMALL)[name]
+    wide = {k: x for k, x in options.items() if not k.endswith("_dtype")}
+    ours, float32 = (rmsprop_jax.rmsprop(1e-3, **x) for x in (options, wide))
+    txs = dict(ours=ours, optax=optax.rmsprop(1e-3, **wide))
+    if wide != options:
+        txs["float32"] = float32
+    params, grads = problem(shapes)
+    steppers = {library: stepper(tx, params, grads) for library, tx in txs.items()}
+    for run, held, _ in steppers.values():
+        run()
+        check(held, params, grads, "centered" in options)
+    runs = {library: run for library, (run, *_) in steppers.items()}
+    seconds = interleaved(runs, rounds)
+    others = torch_steppers(wide, params, grads)
+    against = interleaved(dict(ours=runs["ours"]) | others, rounds)
+    _, (_, state), program = steppers["ours"]
+    memory, count = program.memory_analysis(), sum(map(math.prod, shapes))
+    # uint8 needs the maximum of a row first: gradients and codes are read twice.
+    moved = 12 + 5 * (options.get("nu_dtype") == jnp.uint8)
+    moved += 2 * sum(x.nbytes for x in jax.tree.leaves(state)) / count
+    return (
+        *(name, tree, ratio(seconds, "float32"), ratio(seconds, "optax")),
+        *(ratio(against, "torch"), ratio(against, "compiled"), f"{moved:.1f}"),
+        f"{moved * count / bandwidth / seconds['ours']:.2f}",
+        str(memory.temp_size_in_bytes if memory else "-"),
+    )
+
+
+def compare(what, leaves, beside, ours, other, rounds, prepare=fresh):
+    """Return the row of one run beside another."""
+    seconds = interleaved({"ours": ours, "other": other}, rounds, prepare)
+    return what, leaves, beside, ratio(seconds, "other")
+
+
+def many_leaves(count, rounds):
+    """Yield the rows of a tree of small leaves."""
+    params, grads = problem(count * [(32, 32)])
+    few, size = (rounds + 2) // 3, f"{count} x 32^2"
+    to_compile = lambda lower: fresh(lower)().compile  # noqa: E731
+    for name, options in OPTIONS.items():
+        txs = [module.rmsprop(1e-3, **options) for module in LIBRARIES]
+        calls = [(tx.update, (grads, tx.init(params), params)) for tx in txs]
+        direct = [partial(update, *args) for update, args in calls]
+        lower = [partial(jax.jit(update).lower, *args) for update, args in calls]
+        yield compare(f"direct update, {name}", size, "optax", *direct, rounds, warm)
+        yield compare(f"trace + lower, {name}", size, "optax", *lower, few)
+        yield compare(f"compile, {name}", size, "optax", *lower, few, to_compile)
+
+
+def sweep(module, params, rates):
+    """Take three direct steps with each of several learning rates."""
+    for rate in np.linspace(1e-3, 1e-2, rates).tolist():
+        tx = module.rmsprop(rate)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(params, state, params)
+    return updates
+
+
+def first_use(count, rates, blocks, side, rounds):
+    """Yield the rows of what is slow the first time."""
+    tx = rmsprop_jax.rmsprop(1e-3)
+    params, _ = problem([(8 + i, 16) for i in range(count)])
+    inits = [partial(module.rmsprop(1e-3).init, params) for module in LIBRARIES]
+    yield compare("first use, init", f"{count} shapes", "optax", *inits, rounds)
+
+    params = params[: count // 6]
+    sweeps = [partial(sweep, module, params, rates) for module in LIBRARIES]
+    what, size = f"first use, {rates} learning rates", f"{len(params)} shapes"
+    yield compare(what, size, "optax", *sweeps, rounds)
+
+    metrics = partial(diagnostics.metrics, learning_rate=1e-3)
+    convert = lambda _, state, __: storage.convert(state, **UINT8)  # noqa: E731
+    leaves = transformer(64, blocks)
+    for what, function, shapes in (
+        ("metrics", metrics, leaves),
+        ("metrics per layer", partial(metrics, per_layer=True), leaves),
+        ("convert to uint8", convert, leaves[4:16]),
+    ):
+        params, grads = problem(shapes)
+        args = grads, tx.init(params), params
+        first, update = partial(function, *args), partial(tx.update, *args)
+        size = f"{len(shapes)} mixed"
+        yield compare(f"first use, {what}", size, "first update", first, update, rounds)
+
+    params, grads = problem([(side, side)])
+    run, held, _ = stepper(tx, params, grads)
+    later = lambda: metrics(grads, *reversed(held))  # noqa: E731
+    yield compare("metrics", f"{side}^2", "step", later, run, rounds, warm)
+
+
+def about():
+    """Return date, hardware and versions."""
+    hardware, cpuinfo = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
+    if hardware == "cpu" and cpuinfo.exists():
+        models = set(re.findall("model name.*: (.*)", cpuinfo.read_text()))
+        hardware = f"{os.cpu_count()} CPU cores {' and '.join(models)}"
+    versions = {x.name: x.version for x in importlib.metadata.distributions()}
+    versions["Python"] = platform.python_version()
+    packages = ("Python", "jax", "optax", "torch")
+    listed = [f"{x} {versions.get(x, '(not installed)')}" for x in packages]
+    return f"{datetime.date.today()}, {hardware}, {', '.join(listed)}"
+
+
+def table(heads, rows):
+    """Print a Markdown table, each row as soon as it is known."""
+    print(f"\n| {' | '.join(heads)} |\n{len(heads) * '|---'}|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def main():
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small arrays, few rounds")
+    quick = parser.parse_args().quick
+    size, rounds, leaves = (2**20, 5, 100) if quick else (2**24, 21, 1000)
+    first = (30, 4, 2, 1024, 1) if quick else (300, 20, 12, 4096, 3)
+    bandwidth = copy_bandwidth(size, rounds)
+    print(f"{about()}; copy bandwidth {bandwidth / 1e9:.1f} GB/s.")
+
+    def step_rows():
+        for tree, shapes in trees(quick).items():
+            large = max(map(math.prod, shapes)) > 2 * size
+            for name in ("plain", *list(SMALL)[:2]) if large else (*OPTIONS, *SMALL):
+                yield step_row(name, tree, shapes, 7 if large else rounds, bandwidth)
+
+    heads = ["step", "leaves", "/ float32", "/ optax", "/ torch", "/ compiled"]
+    heads += ["bytes a parameter", "of copy bandwidth", "temporary bytes"]
+    table(heads, step_rows())
+    rows = itertools.chain(many_leaves(leaves, rounds), first_use(*first))
+    table(["time of", "leaves", "beside", "ratio"], rows)
+
+
+if __name__ == "__main__":
+    # Programs kept from an earlier run would make first use look fast.
+    jax.config.update("jax_enable_compilation_cache", False)
+    main()

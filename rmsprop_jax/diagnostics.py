@@ -1,12 +1,12 @@
 """Diagnostics: scalars to log, computed from what a training loop already has.
 
 Pure functions; the optimizer state holds nothing for them. They read each leaf
-twice, in any storage format; between devices, only sums and extrema travel.
+twice, in any storage format; between devices, only sums and extrema travel. `nu` and
+`eps` are those of `rmsprop_jax.rule`, `nu` without bias correction.
 """
 
 import functools
 import math
-import operator
 from typing import Any
 
 import jax
@@ -16,14 +16,10 @@ import optax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from rmsprop_jax import checks, storage
-from rmsprop_jax.transform import RMSPropState
+from rmsprop_jax import checks, reductions, storage
+from rmsprop_jax.transform import PyTree, RMSPropState
 
 __all__ = ["effective_learning_rate", "histogram", "metrics"]
-
-PyTree = Any
-EXTREMA = dict(lowest=(jax.lax.min, np.inf), highest=(jax.lax.max, -np.inf))
-SUM = (operator.add, 0)
 
 
 def metrics(
@@ -68,8 +64,7 @@ def metrics(
 
     Raises:
       ValueError: if `state` does not hold exactly one RMSPropState, a number is
-        invalid, two leaves have the same path, or, with `per_layer`, `updates` or
-        `params` lack a path of `state.nu`.
+        invalid, two leaves have one path, or `per_layer` finds different trees.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,13 +75,9 @@ def metrics(
       >>> found = diagnostics.metrics(updates, state, params, learning_rate=0.1)
       >>> print(f"{found['update_rms']:.3f} {found['param_rms']:.3f}")
       0.200 3.536
-
-    References:
-      nu and eps: `rmsprop_jax.rule`.
     """
     state = _find(state)
-    if learning_rate is not None:
-        learning_rate = _rate(learning_rate, state)
+    learning_rate = None if learning_rate is None else _rate(learning_rate, state)
     options = (_float32("eps", eps, 0), bool(eps_in_sqrt), bool(per_layer))
     return _metrics(updates, state, params, learning_rate, *options)
 
@@ -114,8 +105,7 @@ def effective_learning_rate(
       params.
 
     Raises:
-      ValueError: if `state` does not hold exactly one RMSPropState, or a number is
-        invalid.
+      ValueError: as `metrics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,9 +115,6 @@ def effective_learning_rate(
       >>> _, state = optimizer.update(gradients, optimizer.init(gradients))
       >>> print(diagnostics.effective_learning_rate(state, 0.1))
       [0.2   0.002]
-
-    References:
-      nu and eps: `rmsprop_jax.rule`.
     """
     state = _find(state)
     learning_rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
@@ -158,13 +145,8 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
       >>> from rmsprop_jax import diagnostics, scale_by_rms
       >>> optimizer = scale_by_rms(initial_scale=0.02)
       >>> edges, counts = diagnostics.histogram(optimizer.init(jnp.zeros(5)))
-      >>> for low, high, count in zip(edges, edges[1:], counts):
-      ...     if count:
-      ...         print(f"{low} to {high}: {count:.0f}")
-      0.125 to 0.25: 5
-
-    References:
-      nu, without bias correction: `rmsprop_jax.rule`.
+      >>> print(edges[:-1][counts > 0], counts[counts > 0])
+      [0.125] [5.]
     """
     edges = np.concatenate([[0.0], 2.0 ** np.arange(-63, 65)])
     return edges, _histogram(_find(state).nu)
@@ -195,11 +177,10 @@ def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer)
     rows += [("", {"state": x}) for x in jax.tree.leaves((state.mu, state.trace))]
 
     parts = [(path, _summarize_nu(x, eps, eps_in_sqrt)) for path, x in nu.items()]
-    parts += [(path, {"size": math.prod(x.shape)}) for path, x in nu.items()]
     for path, arrays in rows:
         sizes = {f"size_{name}": x.size for name, x in arrays.items()}
         parts.append((path, _summarize(arrays) | sizes))
-    total = _merge(part for _, part in parts)
+    total = reductions.merge(part for _, part in parts)
     (count,) = jax.tree.leaves(state.count)
     found = {"step": count}
     if learning_rate is not None:
@@ -207,7 +188,7 @@ def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer)
     found |= {name: x for name, x in total.items() if name.startswith("nonfinite")}
     groups = {"": total}
     for path in nu if per_layer else ():
-        groups[f"/{path}"] = _merge(part for at, part in parts if at == path)
+        groups[f"/{path}"] = reductions.merge(part for at, part in parts if at == path)
     for end, sums in groups.items():
         values = _describe(sums, learning_rate, eps, eps_in_sqrt)
         found |= {f"{name}{end}": x for name, x in values.items()}
@@ -216,17 +197,14 @@ def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer)
 
 def _describe(sums, learning_rate, eps, eps_in_sqrt):
     """Compute the metrics of a group of leaves from its statistics."""
-    size = float(sums["size"])
+    size = sums["size"]
     update_rms, param_rms = (
         jnp.sqrt(sums[f"squares_{name}"] / float(sums[f"size_{name}"]))
         for name in ("updates", "params")
     )
-    found = dict(
-        update_rms=update_rms,
-        param_rms=param_rms,
-        update_ratio=update_rms / param_rms,
-        eps_share=sums["below_eps"] / size,
-    )
+    found = dict(update_rms=update_rms, param_rms=param_rms)
+    found |= dict(update_ratio=update_rms / param_rms)
+    found |= dict(eps_share=sums["below_eps"] / size)
     if learning_rate is not None:
         for name, denominator in (
             ("min", _denominator(sums["highest"], eps, eps_in_sqrt)),
@@ -241,7 +219,7 @@ def _describe(sums, learning_rate, eps, eps_in_sqrt):
 @functools.partial(jax.jit, static_argnums=2)
 def _summarize_nu(stored, eps, eps_in_sqrt):
     nu = storage.decode(stored).astype(jnp.float32)
-    return _reduce(
+    return {"size": jnp.float32(nu.size)} | reductions.reduce(
         lowest=nu,
         highest=nu,
         below_eps=nu < (eps if eps_in_sqrt else eps * eps),
@@ -256,44 +234,7 @@ def _summarize(arrays):
     for name, x in arrays.items():
         columns[f"squares_{name}"] = jnp.square(jnp.abs(x).astype(jnp.float32))
         columns[f"nonfinite_{name}"] = ~jnp.isfinite(x)
-    return _reduce(**columns)
-
-
-def _reduce(**columns):
-    """Reduce arrays of one shape to float32 scalars; masks are counted.
-
-    Counts and `EXTREMA` share one loop. Sums do not: a plain loop of float32 additions
-    is imprecise, and `jnp.sum` compiles to a tree of them.
-    """
-    found, joint = {}, {}
-    for name, x in columns.items():
-        if x.dtype == bool:
-            x = x.astype(jnp.uint32 if x.size < 2**32 else jnp.float32)
-        if x.dtype == jnp.uint32 or name in EXTREMA:
-            joint[name] = x
-        else:
-            found[name] = jnp.sum(x)
-    if joint:
-        arrays = tuple(joint.values())
-        merges, identities = zip(*(EXTREMA.get(k, SUM) for k in joint), strict=True)
-        reduced = jax.lax.reduce(
-            arrays,
-            tuple(x.dtype.type(i) for x, i in zip(arrays, identities, strict=True)),
-            lambda x, y: tuple(f(*z) for f, *z in zip(merges, x, y, strict=True)),
-            tuple(range(arrays[0].ndim)),
-        )
-        found |= zip(joint, reduced, strict=True)
-    return {name: x.astype(jnp.float32) for name, x in found.items()}
-
-
-def _merge(parts):
-    """Merge the statistics of several arrays by name."""
-    found = {}
-    for part in parts:
-        for name, x in part.items():
-            merge, _ = EXTREMA.get(name, SUM)
-            found[name] = merge(found[name], x) if name in found else x
-    return found
+    return reductions.reduce(**columns)
 
 
 def _denominator(nu, eps, eps_in_sqrt):
@@ -308,9 +249,8 @@ def _histogram(nu):
         exponents = (jax.lax.bitcast_convert_type(v, jnp.uint32) >> 23) & 255
         # Explicitly sharded arrays do not infer that the counts are replicated.
         sharding = jax.typeof(v).sharding
-        options = {}
-        if any(sharding.spec):
-            options["out_sharding"] = sharding.update(spec=PartitionSpec())
+        replicated = sharding.update(spec=PartitionSpec())
+        options = {"out_sharding": replicated} if any(sharding.spec) else {}
         # A factor of two in the root is one of four in nu, or two exponents. NaN and
         # infinity have exponent 255, which is in no bin.
         counts = jnp.zeros(128, jnp.uint32)
@@ -347,10 +287,7 @@ def _float32(name, value, *domain):
 
 
 def _by_path(tree):
-    """Return the leaves of a tree by their paths; only floating point or complex ones.
-
-    Leaves of size 0 are left out too.
-    """
+    """Return the floating-point and complex leaves by their paths; no empty ones."""
     found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if path[-1:] == (jax.tree_util.GetAttrKey("value"),):

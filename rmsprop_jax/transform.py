@@ -16,7 +16,6 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from rmsprop_jax import checks, rule, sharding, storage
-from rmsprop_jax.storage import Quantized
 
 PyTree = Any
 
@@ -144,9 +143,8 @@ def scale_by_rms(
 ) -> optax.GradientTransformationExtraArgs:
     """Divide gradients by their recent magnitude: the core of `rmsprop`, for chains.
 
-    The positional arguments are those of `optax.scale_by_rms`, with the same order and
-    defaults; `centered=True` replaces `optax.scale_by_stddev`. The sign of the gradient
-    is unchanged.
+    The positional arguments are those of `optax.scale_by_rms`; `centered=True` replaces
+    `optax.scale_by_stddev`. The sign of the gradient is unchanged.
 
     Args:
       decay: decay rate of the moving averages; like all arguments, as in `rmsprop`.
@@ -191,9 +189,8 @@ def _transformation(
     *, initial_scale, centered, mask=None, nu_dtype, momentum_dtype, **options
 ):
     """Build the gradient transformation; `options` are those of `rule.step`."""
-    centered = bool(centered)
     initial_scale, numbers, flags = checks.hyperparameters(
-        initial_scale, centered, mask, options
+        initial_scale, bool(centered), mask, options
     )
     nu_dtype = storage.state_dtype("nu_dtype", nu_dtype)
     momentum_dtype = storage.state_dtype("momentum_dtype", momentum_dtype)
@@ -237,12 +234,10 @@ def _transformation(
             scalars["lr"] = checks.scalar("learning_rate(count)", lr, wait=False)
         # Inside another trace, a jit of its own would only cost time.
         update = _update if isinstance(state.count, Tracer) else _compiled_update
-        return update(
-            *(updates, state, params if reads_params else None, scalars),
-            flags=flags,
-            param_dtypes=checks.param_dtypes(params, treedef),
-            decayed=None if mask is None else checks.mask(mask, params, treedef),
-        )
+        param_dtypes = checks.param_dtypes(params, treedef)
+        decayed = None if mask is None else checks.mask(mask, params, treedef)
+        params = params if reads_params else None
+        return update(updates, state, params, scalars, flags, param_dtypes, decayed)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -268,43 +263,38 @@ def _update(updates, state, params, scalars, flags, param_dtypes, decayed):
         if not checks.is_absent(g):
             checks.gradient(g, p, nu, mu, trace, params is not None, treedef, i)
             with jax.numpy_dtype_promotion("standard"):
-                update_dtype = jnp.promote_types(g.dtype, param_dtype or g.dtype)
-            update_dtype = jax.dtypes.canonicalize_dtype(update_dtype)
+                dtype = jnp.promote_types(g.dtype, param_dtype or g.dtype)
+            dtype = jax.dtypes.canonicalize_dtype(dtype)
+            options = (*static, ("update_dtype", dtype))
             g, nu, mu, trace = _leaf(
-                *(g, p, nu, mu, trace, count, arrays),
-                static=(*static, ("update_dtype", update_dtype)),
-                is_decayed=is_decayed,
+                *(g, p, nu, mu, trace, count, arrays, options, is_decayed)
             )
         new.append((g, nu, mu, trace))
     updates, *buffers = ([leaf[k] for leaf in new] for k in range(4))
     buffers = [
         old
         if old is None
-        else storage.unflatten(treedef, x, isinstance(old, Quantized))
+        else storage.unflatten(treedef, x, isinstance(old, storage.Quantized))
         for old, x in zip(state[1:], buffers, strict=True)
     ]
     return treedef.unflatten(updates), RMSPropState(count, *buffers)
 
 
 # At module level: a factory that is called anew at every step compiles once.
-_compiled_update = jax.jit(
-    _update, static_argnames=("flags", "param_dtypes", "decayed")
-)
+_compiled_update = jax.jit(_update, static_argnums=(4, 5, 6))
 
 
 # Jitted by itself, so that leaves of one shape and dtype are traced once.
-@functools.partial(jax.jit, static_argnames=("static", "is_decayed"))
-def _leaf(g, p, nu, mu, trace, t, arrays, *, static, is_decayed):
-    options = arrays | dict(static)
-    if not is_decayed:
-        options["weight_decay"] = None
+@functools.partial(jax.jit, static_argnums=(7, 8))
+def _leaf(g, p, nu, mu, trace, t, arrays, options, is_decayed):
+    options = arrays | dict(options) | ({} if is_decayed else {"weight_decay": None})
     stored = (nu, mu, trace)
     nu, mu, trace = map(storage.decode, stored)
     update, *new = rule.step(g, p, nu, mu, trace, t, **options)
     return update, *map(storage.encode_dithered, new, stored, 3 * [t])
 
 
-for kind in (RMSPropState, Quantized):
+for kind in (RMSPropState, storage.Quantized):
     export.register_namedtuple_serialization(
         kind, serialized_name=f"rmsprop_jax.{kind.__name__}"
     )

@@ -14,7 +14,7 @@ from helpers import COMPILED, SMALL, mesh_of, refusal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rmsprop_jax import diagnostics, presets, rmsprop, scale_by_rms, storage
+from rmsprop_jax import diagnostics, presets, reductions, rmsprop, scale_by_rms, storage
 
 SHAPES = dict(kernel=(64, 128), bias=(128,), large=(200, 200), scalar=())
 FORMATS = {"float32": {}, "bfloat16": dict(nu_dtype="bfloat16"), "uint8": SMALL}
@@ -340,7 +340,7 @@ def test_leaves_of_any_size_are_counted_without_overflow():
     text = str(jax.make_jaxpr(diagnostics.metrics)(large, state, large))
     assert "u32[131072,32768]" not in text
     ones = jnp.ones((2**12 + 1, 2**12 + 1), bool)
-    assert diagnostics._reduce(x=ones)["x"] == np.float32(ones.size)
+    assert reductions.reduce(x=ones)["x"] == np.float32(ones.size)
 
 
 def test_paths_name_the_layers():

@@ -13,7 +13,7 @@ import rmsprop_jax
 FOLDER = Path(rmsprop_jax.__file__).parent
 FUNCTIONS = {"rmsprop", "scale_by_rms"}
 MODULES = {"diagnostics", "interop", "plots", "presets", "sharding", "storage"}
-ORDER = ["rule", "sharding", "storage", "checks", "transform", "presets"]
+ORDER = ["rule", "sharding", "storage", "checks", "transform", "presets", "reductions"]
 ORDER += ["diagnostics", "plots", "interop", "__init__", "demo", "__main__"]
 
 

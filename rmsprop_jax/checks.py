@@ -15,17 +15,17 @@ FLAGS = ("eps_in_sqrt", "nesterov", "bias_correction", "lr_in_momentum")
 
 
 def hyperparameters(initial_scale, centered, mask, options):
-    """Validate hyperparameters, and split `options` into numbers and flags.
+    """Validate hyperparameters and split `options` into numbers and flags.
 
     Args:
       initial_scale: initial value of `nu`.
       centered: whether `nu` is centered.
       mask: weight decay mask, or None.
-      options: those of `rule.step`, with None where an optional number is off.
+      options: arguments of `rule.step`; an optional number that is None is off.
 
     Returns:
-      The initial scale; a dict of the numbers that are on, with `one_minus_decay`; a
-      tuple of (name, bool). Python and NumPy numbers become floats.
+      The initial scale; a dict of the numbers that are not None and `one_minus_decay`;
+      a tuple of flags as (name, bool). Python and NumPy numbers become floats.
     """
     flags = tuple((name, bool(options[name])) for name in FLAGS if name in options)
     numbers: dict[str, Any] = dict(
@@ -64,9 +64,9 @@ def hyperparameters(initial_scale, centered, mask, options):
 
 
 def scalar(name, value, low=-math.inf, high=math.inf, wait=True):
-    """Return a real, finite scalar in [low, high); Python and NumPy ones as a float.
+    """Check that value is a finite real scalar in [low, high), and return it.
 
-    Without `wait`, an array is not read: it may still be being computed.
+    Python and NumPy scalars become floats. Without `wait`, a JAX array is not read.
     """
     if not isinstance(
         value, int | float | complex | np.ndarray | np.generic | jax.Array
@@ -90,14 +90,14 @@ def scalar(name, value, low=-math.inf, high=math.inf, wait=True):
 
 
 def _concrete(value):
-    """Return the value of a scalar as a float, or None while it is traced."""
+    """Return the value of a scalar as a float, or None if it is traced."""
     if isinstance(value, Tracer):
         return None
     return float(jax.device_get(value))
 
 
 def parameter(path, leaf):
-    """Return a leaf of the tree given to `init` as an array or ShapeDtypeStruct."""
+    """Check a leaf of params and return it as an array or ShapeDtypeStruct."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return leaf
     try:
@@ -111,7 +111,7 @@ def parameter(path, leaf):
 
 
 def state(state, centered, momentum):
-    """Refuse a state made with other options."""
+    """Raise ValueError if the state was made with other options."""
     if not (hasattr(state, "nu") and hasattr(state, "trace")):
         raise ValueError(
             f"state must be an RMSPropState, got {type(state).__name__}. Pass the "
@@ -131,7 +131,7 @@ def state(state, centered, momentum):
 
 
 def leaves(name, values, treedef):
-    """Return the leaves of a tree, which must have the structure of the parameters."""
+    """Flatten a tree, which must have the structure of the parameters."""
     try:
         found = treedef.flatten_up_to(values)
     except ValueError as error:
@@ -152,10 +152,10 @@ def leaves(name, values, treedef):
 
 
 def param_dtypes(params, treedef):
-    """Return the dtype of each parameter, or None if params do not fit the state.
+    """Return the dtype of each parameter, or None if params do not match the state.
 
-    They are refused only where they are read: many programs pass a whole model to
-    transformations that ignore it.
+    A mismatch is an error only where params are used: many programs pass a whole
+    model to transformations that ignore it.
     """
 
     def dtype(p):
@@ -169,7 +169,7 @@ def param_dtypes(params, treedef):
 
 
 def is_absent(g):
-    """Return whether this stands for a missing gradient, which passes through."""
+    """Return whether g marks a missing gradient, which passes through unchanged."""
     return (
         g is None
         or isinstance(g, optax.MaskedNode)
@@ -178,7 +178,7 @@ def is_absent(g):
 
 
 def gradient(g, p, nu, mu, trace, reads_params, treedef, i):
-    """Refuse leaf i of the gradients if it does not fit its parameter and state."""
+    """Raise ValueError if gradient leaf i does not match its parameter and state."""
 
     def at():
         return _path(treedef, i)
@@ -217,7 +217,7 @@ def gradient(g, p, nu, mu, trace, reads_params, treedef, i):
 
 
 def mask(mask, params, treedef):
-    """Return the mask as one bool for each leaf."""
+    """Expand the weight decay mask to one bool for each leaf."""
 
     def spread(m, part):
         if isinstance(m, str) or np.asarray(m).dtype != bool or np.ndim(m):

@@ -1,8 +1,8 @@
-"""Diagnostics: scalars to log, computed from what a training loop already has.
+"""Diagnostics of training, computed from updates, optimizer state and parameters.
 
-Pure functions; the optimizer state holds nothing for them. They read each leaf
-twice, in any storage format; between devices, only sums and extrema travel. `nu` and
-`eps` are those of `rmsprop_jax.rule`, `nu` without bias correction.
+The functions are pure, and the optimizer state stores nothing for them. They read each
+leaf twice, in any storage format; devices exchange only sums and extrema. `nu` and
+`eps` are those of `rmsprop_jax.rule`; `nu` is not bias-corrected.
 """
 
 import functools
@@ -38,13 +38,13 @@ def metrics(
     as an update.
 
     Args:
-      updates: what `update` returned, or parameters after the step minus parameters
-        before it. With NNX, copy the parameters before the step, which changes them.
+      updates: the updates that `update` returned, or parameters after the step minus
+        parameters before it. NNX changes them in place: copy them before the step.
       state: the state that `update` returned, or anything that holds it: the state of
         `optax.chain`, an `nnx.Optimizer`, a linen `TrainState`.
       params: parameters, before or after the step.
-      learning_rate: number, or schedule, which is evaluated for the last step. None
-        omits the learning rates.
+      learning_rate: number, or schedule to evaluate for the last step. None omits the
+        metrics of the learning rate.
       eps: the `eps` of the optimizer; each preset has its own default.
       eps_in_sqrt: the `eps_in_sqrt` of the optimizer; False for `presets.torch`.
       per_layer: also return each metric of each leaf, as `metric/path/of/the/leaf`.
@@ -55,8 +55,8 @@ def metrics(
         learning_rate: of the last step.
         update_rms, param_rms: root mean square of the updates and of the parameters.
         update_ratio: update_rms / param_rms.
-        effective_learning_rate_min, _mean, _max: over all coordinates, with a geometric
-          mean; see `effective_learning_rate`.
+        effective_learning_rate_min, _mean, _max: over all coordinates; the mean is
+          geometric. See `effective_learning_rate`.
         eps_share: fraction of coordinates in which eps exceeds the term that it is
           added to, in [0, 1].
         nonfinite_updates, nonfinite_params, nonfinite_state: number of NaN and infinite
@@ -64,7 +64,7 @@ def metrics(
 
     Raises:
       ValueError: if `state` does not hold exactly one RMSPropState, a number is
-        invalid, two leaves have one path, or `per_layer` finds different trees.
+        invalid, two leaves have the same path, or trees differ with `per_layer`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,7 +91,7 @@ def effective_learning_rate(
 ) -> PyTree:
     """Compute the factor by which the last step multiplied each gradient coordinate.
 
-    It does not include momentum, which multiplies it by up to 1 / (1 - momentum), and
+    It does not include momentum, which multiplies it by up to 1 / (1 - momentum), or
     bias correction, which multiplies it by sqrt(1 - decay^t).
 
     Args:
@@ -105,7 +105,7 @@ def effective_learning_rate(
       params.
 
     Raises:
-      ValueError: as `metrics`.
+      ValueError: as in `metrics`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,9 +133,9 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
       state: as in `metrics`.
 
     Returns:
-      Edges in units of |g|: 0, then the powers of two from 2^-63 to 2^64; float64
-      [129]. Counts of lower edge <= sqrt(nu) < upper edge; float32 [128]. The first bin
-      holds the zeros; NaN and infinity are in no bin.
+      Bin edges in units of |g|: 0, then the powers of two from 2^-63 to 2^64; float64
+      [129]. Counts of lower edge <= sqrt(nu) < upper edge; float32 [128]. Zeros are in
+      the first bin; NaN and infinity are in none.
 
     Raises:
       ValueError: if `state` does not hold exactly one RMSPropState.
@@ -215,7 +215,7 @@ def _describe(sums, learning_rate, eps, eps_in_sqrt):
     return found
 
 
-# These are jitted by themselves, so that leaves of one shape are traced once.
+# Jitted separately, so that leaves of the same shape are traced only once.
 @functools.partial(jax.jit, static_argnums=2)
 def _summarize_nu(stored, eps, eps_in_sqrt):
     nu = storage.decode(stored).astype(jnp.float32)
@@ -247,12 +247,12 @@ def _histogram(nu):
     for stored in storage.leaves(nu, storage.treedef(nu)):
         v = storage.decode(stored).astype(jnp.float32)
         exponents = (jax.lax.bitcast_convert_type(v, jnp.uint32) >> 23) & 255
-        # Explicitly sharded arrays do not infer that the counts are replicated.
+        # With explicit sharding, JAX does not infer that the counts are replicated.
         sharding = jax.typeof(v).sharding
         replicated = sharding.update(spec=PartitionSpec())
         options = {"out_sharding": replicated} if any(sharding.spec) else {}
-        # A factor of two in the root is one of four in nu, or two exponents. NaN and
-        # infinity have exponent 255, which is in no bin.
+        # A factor of two in sqrt(nu) is a factor of four in nu, so a bin spans two
+        # exponents. NaN and infinity have exponent 255, which is in no bin.
         counts = jnp.zeros(128, jnp.uint32)
         counts = counts.at[(exponents + 1) >> 1].add(1, mode="drop", **options)
         total += counts.astype(jnp.float32)
@@ -260,7 +260,7 @@ def _histogram(nu):
 
 
 def _find(tree):
-    """Return the one RMSPropState in a tree."""
+    """Return the only RMSPropState in a tree."""
     found = optax.tree_utils.tree_get_all_with_path(
         tree, "RMSPropState", lambda _, x: isinstance(x, RMSPropState)
     )
@@ -287,7 +287,7 @@ def _float32(name, value, *domain):
 
 
 def _by_path(tree):
-    """Return the floating-point and complex leaves by their paths; no empty ones."""
+    """Map paths to the floating-point and complex leaves that are not empty."""
     found = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if path[-1:] == (jax.tree_util.GetAttrKey("value"),):

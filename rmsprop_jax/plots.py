@@ -1,6 +1,6 @@
 """Plots of a training run, each drawn on matplotlib axes that the caller creates.
 
-Lines differ in style and marker as well as in color, for black-and-white print.
+Lines differ in style and marker as well as color, for black-and-white printing.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,11 +26,11 @@ def training_curves(
 
     Args:
       axes: matplotlib axes.
-      rows: logged values, one mapping per time, as from `csv.DictReader`; those
+      rows: logged values, one mapping per logged step, as from `csv.DictReader`; rows
         without `x` or `value` are skipped.
       value: key of the y-axis.
       x: key of the x-axis.
-      by: key that identifies the run. The legend shows it with the last value.
+      by: key that identifies the run. The legend shows each run with its last value.
 
     Raises:
       ValueError: if no row has both keys.
@@ -64,7 +64,7 @@ def per_layer(
 
     Args:
       axes: matplotlib axes; the y-axis becomes logarithmic.
-      rows: logged metrics, one mapping per time.
+      rows: logged metrics, one mapping per logged step.
       value: name of the metric, without the path of a leaf.
       x: key of the x-axis.
 
@@ -108,7 +108,7 @@ def denominator(
       eps_in_sqrt: the `eps_in_sqrt` of the optimizer.
 
     Raises:
-      ValueError: if there is not one more edge than there are counts.
+      ValueError: if there is not exactly one more edge than counts.
 
     Example:
       >>> import matplotlib.figure
@@ -120,7 +120,7 @@ def denominator(
     """
     edges, counts = (np.asarray(x, float) for x in histogram)
     share = 100 * counts / max(counts.sum(), 1)
-    # A logarithmic axis has no 0, where the first bin begins.
+    # The first bin begins at 0, which a logarithmic axis cannot show.
     axes.stairs(share[1:], edges[1:], fill=True, color="0.75", edgecolor="0.3")
     line = float(np.sqrt(eps) if eps_in_sqrt else eps)
     used = np.append(edges[1:-1][share[1:] > 0], [line] * (line > 0))
@@ -150,7 +150,7 @@ def _complete(rows, x, value):
 
 
 def _draw(axes, lines, x, ylabel):
-    """Draw lines, given as label: (rows, key of the y-axis)."""
+    """Draw lines, given as {label: (rows, key of the y-axis)}."""
     for label, (rows, key) in lines.items():
         i = len(axes.lines)
         style = STYLES[i % len(STYLES)] + MARKERS[i % len(MARKERS)]

@@ -11,10 +11,10 @@ SUM = (operator.add, 0)
 
 
 def reduce(**columns):
-    """Reduce arrays of one shape to float32 scalars; masks are counted.
+    """Reduce arrays of the same shape to float32 scalars; masks are counted.
 
-    Counts and `EXTREMA` share one loop. Sums do not: a plain loop of float32 additions
-    is imprecise, and `jnp.sum` compiles to a tree of them.
+    Counts and `EXTREMA` share one loop. Sums use `jnp.sum`, which compiles to a tree of
+    float32 additions: a plain loop would be imprecise.
     """
     found, joint = {}, {}
     for name, x in columns.items():
@@ -38,7 +38,7 @@ def reduce(**columns):
 
 
 def merge(parts):
-    """Merge the statistics of several arrays by name."""
+    """Combine the statistics of several arrays by name."""
     found = {}
     for part in parts:
         for name, x in part.items():

@@ -1,6 +1,6 @@
 """The RMSProp rule: one step for one array.
 
-With t = 1 at the first step and c = 1 - decay, from top to bottom:
+With t = 1 at the first step and c = 1 - decay, evaluated from top to bottom:
 
     g      = g + l2 * p                                       l2
 
@@ -22,13 +22,13 @@ With t = 1 at the first step and c = 1 - decay, from top to bottom:
     update = -trace
     trace  = momentum * trace + u                             not lr_in_momentum
     update = -lr * trace
-    With nesterov, `update` takes, in place of the new trace, the momentum line applied
+    With nesterov, `update` uses, in place of the new trace, the momentum line applied
     to it once more: momentum * trace + lr * u, or momentum * trace + u.
 
     update = update - lr * weight_decay * p                   weight_decay
 
 If centered, nu is E|g|^2 - |E g|^2, rearranged as a sum of squares: it is never
-negative, where the difference of the two averages cancels and gives NaN. `square` uses
+negative, whereas the difference of the averages cancels and gives NaN. `square` uses
 the new mu, as g - mu_new = decay * (g - mu_old), so that mu can be updated in place.
 """
 
@@ -60,10 +60,10 @@ def step(
     weight_decay=None,
     update_dtype=None,
 ):
-    """Return the update of one array and its new moving averages.
+    """Compute the update of one array and its new moving averages.
 
-    Hyperparameters are Python floats or scalar arrays. Arithmetic is in float32 or
-    wider.
+    Hyperparameters are Python floats or scalar arrays. Arithmetic is in at
+    least float32.
 
     Args:
       g: gradient.
@@ -71,9 +71,9 @@ def step(
       nu: moving average of |g|^2, real; like g.
       mu: moving average of g, or None unless centered; like g.
       trace: momentum buffer, or None without momentum; like g.
-      t: number of this step, from 1; int32 [].
+      t: number of this step, starting at 1; int32 [].
       decay: decay rate of `nu` and `mu`, in [0, 1).
-      one_minus_decay: 1 - decay, formed before rounding to float32, where 1 - 0.999
+      one_minus_decay: 1 - decay, computed before rounding to float32, where 1 - 0.999
         is off by 5e-5.
       eps: added to the denominator.
       eps_in_sqrt: add `eps` inside the square root.
@@ -87,7 +87,7 @@ def step(
       update_dtype: dtype of the update; None means that of g.
 
     Returns:
-      update, nu, mu, trace; the last three with the dtypes they came in.
+      update, nu, mu, trace; the last three keep their dtypes.
     """
     real = np.promote_types(
         at_least_float32(nu.dtype), jnp.finfo(at_least_float32(g.dtype)).dtype
@@ -114,13 +114,13 @@ def step(
 
     v = nu
     if bias_correction:
-        # Rounded as in optax.scale_by_adam, to which this is equal for b1 = 0 with eps
+        # Rounded as in optax.scale_by_adam, which this equals if b1 = 0 and eps is
         # outside the root.
         v = nu / (1 - jnp.asarray(decay, real) ** t.astype(real))
     if isinstance(eps, float) and eps >= jnp.finfo(real).tiny:
         u = _divide(g, v, eps, eps_in_sqrt)
     else:
-        # 0 / 0 is 0, and so is its derivative.
+        # Define 0 / 0 as 0, with derivative 0.
         zero = v + eps == 0
         u = jnp.where(zero, 0, _divide(g, jnp.where(zero, 1, v), eps, eps_in_sqrt))
 

@@ -1,7 +1,7 @@
 """Placement of optimizer state on devices.
 
-State is placed like the parameters. In data-parallel training these are replicated, and
-so is the state; `zero` shards it over the devices instead (ZeRO, stage 1).
+State is placed like the parameters. In data-parallel training both are replicated;
+`zero` shards the state over the devices instead (ZeRO, stage 1).
 """
 
 import functools
@@ -26,9 +26,9 @@ __all__ = ["zero"]
 def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[str]]:
     """Return shardings that divide optimizer state over one axis of a device mesh.
 
-    Each array is divided along its largest axis that the mesh axis divides. The rows of
-    uint8 codes share a scale and stay whole; in a state with codes, other arrays are
-    divided between rows too where possible.
+    Each array is divided along its largest axis that the mesh axis divides. Each row of
+    uint8 codes shares a scale and stays whole; in a state with codes, other arrays are
+    also divided between rows where possible.
 
     Args:
       state: the state of any transformation, or its shapes, as
@@ -101,14 +101,14 @@ def _placement(x, mesh):
 
 
 def full(p, shape, value, dtype, largest=math.inf):
-    """Return an array of `value`, placed like p along the axes that both have.
+    """Create an array filled with `value`, sharded like p along the axes they share.
 
     Args:
       p: array, tracer or ShapeDtypeStruct.
-      shape: shape of p, in which axes may be replaced by 1; or ().
+      shape: shape of p, with some axes reduced to 1 if desired; or ().
       value: float or scalar array.
       dtype: dtype of the result.
-      largest: bound on `value`, besides the largest number of `dtype`.
+      largest: upper bound on `value`, besides the largest number of `dtype`.
     """
     if jnp.issubdtype(dtype, jnp.inexact):
         largest = min(largest, float(jnp.finfo(dtype).max))
@@ -123,14 +123,14 @@ def full(p, shape, value, dtype, largest=math.inf):
         spec = zip(sharding.spec, shape, p.shape, strict=False)
         spec = [axes if new == old else None for axes, new, old in spec]
         while spec and spec[-1] is None:
-            spec.pop()  # As compiled functions return it: a change would recompile.
+            spec.pop()  # As in the outputs of jit: a change would recompile.
         memory_kind = sharding.memory_kind
         sharding = NamedSharding(
             sharding.mesh, PartitionSpec(*spec), memory_kind=memory_kind
         )
     elif not isinstance(sharding, NamedSharding | SingleDeviceSharding | None):
         return _full_like(p, value, shape, dtype, largest)
-    # From the host, as a device would compile one program for each shape.
+    # Created on the host: a device would compile a program for each shape.
     constant = np.asarray(min(value, largest)).astype(dtype)
     with jax.transfer_guard("allow"):
         if sharding is None or not getattr(p, "committed", True):
@@ -143,8 +143,8 @@ def full(p, shape, value, dtype, largest=math.inf):
 def _full_like(p, value, shape, dtype, largest):
     if not shape and p.ndim:
         return jnp.full((), value, dtype)
-    # Only what is computed from p gets its sharding. A product of floats with 0 is not
-    # folded before that; and of a bool it is 0 for NaN too.
+    # Only values computed from p get its sharding. XLA does not fold a float times 0
+    # before that, and a bool times 0 is 0 even where p is NaN.
     nan = p != p
     replaced = [i for i in range(p.ndim) if shape[i] != p.shape[i]]
     nan = nan.any(axis=replaced, keepdims=True) if replaced else nan

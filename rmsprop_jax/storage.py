@@ -1,15 +1,15 @@
 """Storage formats for optimizer state: float32 or float64, bfloat16, uint8.
 
-`decode` precedes the rule and `encode_dithered` follows it, one array at a time; the
-rule knows nothing of formats. It computes the update from the new average before that
-is stored, so |u| <= 1 / sqrt(1 - decay) holds whatever storing loses.
+`decode` runs before the rule and `encode_dithered` after it, one array at a time; the
+rule does not depend on formats. It computes the update from the new average before that
+is rounded, so |u| <= 1 / sqrt(1 - decay) holds in every format.
 
 float32, float64:
     stored unchanged
 
 bfloat16, at step t:
     the upper 16 of the 32 bits of x + (t * 0x9E3779B9 mod 2^32) / 2^16
-  Rounded to nearest, an average would freeze once it changes by less than 1/512 a step.
+  Rounded to nearest, an average would freeze once a step changes it by under 1/512.
   The offset is the same for all elements, and is evenly distributed over the steps.
 
 uint8, for x >= 0, with one scale for each row (the last axis):
@@ -18,10 +18,10 @@ uint8, for x >= 0, with one scale for each row (the last axis):
     x     = scale * (code / 254)^16
   Adjacent codes are 6 % apart near the scale and 40 % at 2^-42 of it. x is rounded up
   if its distance from the lower code, as a fraction of the gap, exceeds the offset of
-  the step: the stored average is then right over time. Rounded to nearest, the elements
-  of a row could not move apart again.
+  the step: stored averages are then correct on average over steps. Rounded to nearest,
+  the elements of a row could not move apart again.
 
-A row whose average was raised by one huge gradient has less resolution until that has
+After one huge gradient, a row has less resolution until its largest average has
 decayed.
 """
 
@@ -39,7 +39,7 @@ from rmsprop_jax import sharding
 __all__ = ["Quantized", "convert"]
 
 PyTree = Any
-# The largest scale, chosen so that its reciprocal is a normal number too.
+# The largest scale, chosen so that its reciprocal is also a normal number.
 LARGEST = 2.0**126
 
 
@@ -50,8 +50,8 @@ class Quantized(NamedTuple):
       codes: uint8, like params. Arrays that would gain little (fewer than 4,096
         elements, fewer than two axes, or rows of fewer than 8) hold float32 values
         instead of codes.
-      scale: maximum of each row; float32, like codes with a last axis of size 1. Where
-        `codes` holds values, one element, unused.
+      scale: maximum of each row; float32, like codes with a last axis of size 1. If
+        `codes` holds values, it has one unused element.
     """
 
     codes: PyTree
@@ -59,21 +59,21 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self):
-        """The shape of the stored array, where the fields are arrays, not trees."""
+        """Return the shape of the stored array, if the fields are arrays, not trees."""
         return self.codes.shape
 
     @property
     def dtype(self):
-        """The `nu_dtype` of this format."""
+        """Return the `nu_dtype` of this format."""
         return jnp.dtype(jnp.uint8)
 
 
 def state_dtype(name: str, dtype: DTypeLike | None):
-    """Return the dtype of `nu_dtype` or `momentum_dtype`, or None for None."""
+    """Validate `nu_dtype` or `momentum_dtype`, and return it as a dtype or None."""
     if dtype is None:
         return None
     allowed = [jnp.float32, jnp.float64, jnp.bfloat16]
-    # Codes have no sign, and momentum has one.
+    # Codes are unsigned, but momentum is signed.
     allowed += [jnp.uint8] if name == "nu_dtype" else []
     names = ", ".join(jnp.dtype(x).name for x in allowed)
     try:
@@ -112,7 +112,7 @@ def worth_quantizing(shape) -> bool:
 
 
 def initial(p, value, dtype, storage_dtype):
-    """Return the stored average of a parameter in which each element is `value`.
+    """Create the stored average of a parameter, with every element equal to `value`.
 
     Args:
       p: parameter, whose shape and sharding the result has.
@@ -130,7 +130,7 @@ def initial(p, value, dtype, storage_dtype):
 
 
 def encode_nearest(x, dtype):
-    """Return an array of 32 bits or more in the format of a dtype; None: unchanged."""
+    """Encode an array of at least 32 bits, to nearest; unchanged if dtype is None."""
     if dtype is None or jnp.iscomplexobj(x):
         return x
     if dtype == jnp.bfloat16:
@@ -145,11 +145,11 @@ def encode_nearest(x, dtype):
 
 
 def encode_dithered(x, old, t):
-    """Return the new values of a stored array in its format, right on average over t.
+    """Encode new values in the format of the old, correct on average over steps.
 
     Args:
       x: new values, with the shape and dtype of `decode(old)`.
-      old: array or Quantized of arrays, or None as x then is.
+      old: array or Quantized of arrays; None if x is None.
       t: number of this step; int32 [].
     """
     offset = t.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
@@ -168,7 +168,7 @@ def encode_dithered(x, old, t):
 
 
 def decode(stored) -> Any:
-    """Return the values of a stored array; None for None."""
+    """Decode a stored array to its values; None passes through."""
     if isinstance(stored, Quantized):
         codes, scale = stored
         if codes.dtype != jnp.uint8:
@@ -180,7 +180,7 @@ def decode(stored) -> Any:
 
 
 def _relative(codes):
-    """Return the values of codes, relative to the scale."""
+    """Decode codes to values relative to the scale."""
     return (codes.astype(jnp.float32) * (1 / 254)) ** 16
 
 
@@ -206,8 +206,8 @@ def convert(
 ) -> Any:
     """Convert an optimizer state to other storage formats.
 
-    An update keeps the formats of the state that it is given, so this changes them
-    during a run, and makes a small state readable.
+    An update keeps the formats of the state that it is given. Use this function to
+    change them during a run, or to decode a uint8 state.
 
     Args:
       state: RMSPropState.
@@ -261,7 +261,7 @@ def _convert(state, nu_dtype, momentum_dtype):
 
 
 def treedef(buffer):
-    """Return the tree definition of the parameters to which a buffer belongs."""
+    """Return the treedef of the parameters that a buffer belongs to."""
     return jax.tree.structure(buffer.codes if isinstance(buffer, Quantized) else buffer)
 
 
@@ -273,7 +273,7 @@ def leaves(buffer, treedef):
 
 
 def unflatten(treedef, arrays, quantized):
-    """Return the buffer of these stored arrays; two trees, never a tree of pairs."""
+    """Build a buffer from stored arrays; if quantized, as a pair of trees."""
     if quantized:
         return Quantized(*(treedef.unflatten([x[k] for x in arrays]) for k in (0, 1)))
     return treedef.unflatten(arrays)

@@ -57,12 +57,12 @@ def rmsprop(
     """Create the RMSProp optimizer, which divides gradients by their recent magnitude.
 
     The positional arguments are those of `optax.rmsprop`, with the same order and
-    defaults; the keyword-only ones are additions. Every number may be a traced scalar,
-    also under `jax.vmap`, and None means off.
+    defaults; the keyword-only ones are additions. Numbers may be traced scalars,
+    including under `jax.vmap`; None means off.
 
     Args:
       learning_rate: step size, or a schedule that maps the number of steps taken to it.
-        The first update uses `learning_rate(0)`; a negative one ascends.
+        The first update uses `learning_rate(0)`. A negative rate ascends.
       decay: decay rate of the moving averages, in [0, 1).
       eps: added to the denominator, in units of |g|^2 if `eps_in_sqrt`, else of |g|.
       initial_scale: initial value of `nu`; TensorFlow 1 uses 1.
@@ -88,7 +88,7 @@ def rmsprop(
 
     Returns:
       A gradient transformation whose state is an `RMSPropState`. Updates have the
-      promoted dtype of gradients and parameters, or that of the gradients where
+      promoted dtype of gradients and parameters, or that of the gradients if
       `update` is called without `params`; `l2` and `weight_decay` need them.
 
     Raises:
@@ -147,7 +147,7 @@ def scale_by_rms(
     `optax.scale_by_stddev`. The sign of the gradient is unchanged.
 
     Args:
-      decay: decay rate of the moving averages; like all arguments, as in `rmsprop`.
+      decay: decay rate of the moving averages. All arguments are as in `rmsprop`.
       eps: added to the denominator.
       initial_scale: initial value of `nu`.
       eps_in_sqrt: divide by sqrt(nu + eps), not sqrt(nu) + eps.
@@ -160,7 +160,7 @@ def scale_by_rms(
       A gradient transformation whose state is an `RMSPropState`.
 
     Raises:
-      ValueError: as `rmsprop`.
+      ValueError: as in `rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp, rmsprop_jax
@@ -232,7 +232,7 @@ def _transformation(
         if callable(scalars.get("lr")):
             lr = scalars["lr"](state.count)
             scalars["lr"] = checks.scalar("learning_rate(count)", lr, wait=False)
-        # Inside another trace, a jit of its own would only cost time.
+        # Inside another trace, a nested jit would only cost time.
         update = _update if isinstance(state.count, Tracer) else _compiled_update
         param_dtypes = checks.param_dtypes(params, treedef)
         decayed = None if mask is None else checks.mask(mask, params, treedef)
@@ -280,11 +280,11 @@ def _update(updates, state, params, scalars, flags, param_dtypes, decayed):
     return treedef.unflatten(updates), RMSPropState(count, *buffers)
 
 
-# At module level: a factory that is called anew at every step compiles once.
+# At module level, so that an optimizer created anew at every step compiles once.
 _compiled_update = jax.jit(_update, static_argnums=(4, 5, 6))
 
 
-# Jitted by itself, so that leaves of one shape and dtype are traced once.
+# Jitted separately, so that leaves of the same shape and dtype are traced once.
 @functools.partial(jax.jit, static_argnums=(7, 8))
 def _leaf(g, p, nu, mu, trace, t, arrays, options, is_decayed):
     options = arrays | dict(options) | ({} if is_decayed else {"weight_decay": None})

@@ -4,21 +4,21 @@ import orbax.checkpoint as ocp
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, in a folder."""
+    """Save and restore checkpoints of a run in a folder, keeping the last two."""
 
     def __init__(self, folder):
-        """Open the folder, creating it if need be."""
+        """Open the folder, creating it if necessary."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=False
         )
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step, state):
-        """Save the state after a step, unless it is saved already."""
+        """Save the state after a step, unless it is already saved."""
         self.manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, state):
-        """Return the newest step and its state; 0 and `state` if there is none."""
+        """Restore the newest step and its state, or return 0 and `state` if none."""
         step = self.manager.latest_step()
         if step is None:
             return 0, state

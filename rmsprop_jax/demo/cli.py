@@ -1,4 +1,4 @@
-"""The command line: flags, the folder of a run, several processes, interrupts."""
+"""Command line of the demo: flags, output folder, several processes, interrupts."""
 
 import argparse
 import dataclasses
@@ -21,8 +21,8 @@ from rmsprop_jax.demo.config import OPTIMIZERS, Config
 
 
 def parse(arguments):
-    """Return the arguments, and those of them that are options of `Config`."""
-    # Without a usage line, errors are one line.
+    """Parse the command line; return all arguments, and the options of `Config`."""
+    # Without the usage message, an error takes only one line.
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description="Train a GRU to read handwritten digits. Ctrl-C saves and stops.",
@@ -36,11 +36,11 @@ def parse(arguments):
         )
         name = "--" + field.name.replace("_", "-")
         add(name, default=argparse.SUPPRESS, help=help, **how)
-    add("--out", type=Path, help="folder to write into; default: a new one in runs/")
-    add("--resume", action="store_true", help="resume the run in --out or the newest")
-    add("--coordinator", help="HOST:PORT of process 0, or auto, as on a TPU pod")
-    add("--process-id", type=int, help="which of several processes this is, from 0")
-    add("--processes", type=int, help="how many processes there are")
+    add("--out", type=Path, help="output folder; default: a new one in runs/")
+    add("--resume", action="store_true", help="resume the run in --out, or the newest")
+    add("--coordinator", help="HOST:PORT of process 0, or auto (on a TPU pod)")
+    add("--process-id", type=int, help="index of this process, starting at 0")
+    add("--processes", type=int, help="number of processes")
     version = importlib.metadata.version("rmsprop_jax")
     add("--version", action="version", version=version)
     args = parser.parse_args(arguments)
@@ -48,7 +48,7 @@ def parse(arguments):
 
 
 def connect(args):
-    """Wait for the other processes, if there are several."""
+    """Connect to the other processes, if there are several."""
     if args.coordinator is None:
         if args.process_id is not None or args.processes is not None:
             raise ValueError("several processes need --coordinator HOST:PORT or auto.")
@@ -109,7 +109,7 @@ def configure(args, options):
 
 
 def agree(args, options):
-    """Return the folder and the config of process 0, or raise its error, in all."""
+    """Run `configure` in process 0, and share its result or error with all."""
     found = {}
     if jax.process_index() == 0:
         try:
@@ -131,7 +131,7 @@ def stop_on_interrupt():
     def handle(*_):
         stop.set()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # Not print, as a print may be what is interrupted.
+        # Not print, because the interrupt may have come during a print.
         os.write(
             2, b"\nStopping after this step; press Ctrl-C again to exit at once.\n"
         )
@@ -141,7 +141,7 @@ def stop_on_interrupt():
 
 
 def set_up(arguments):
-    """Return the arguments, the folder and the config of a run; exit on a mistake."""
+    """Return the arguments, the folder and the config of a run; exit on an error."""
     args, options = parse(arguments)
     try:
         Config(**options)
@@ -159,7 +159,7 @@ def main(arguments=None):
     try:
         from rmsprop_jax.demo import report, train
     except ImportError as error:
-        raise SystemExit(f"error: {error}: pip install '.[demo]'") from error
+        raise SystemExit(f"error: {error}. Run: pip install '.[demo]'") from error
     stop = stop_on_interrupt()
     first = jax.process_index() == 0
     if first:

@@ -1,4 +1,4 @@
-"""The options of a run: each is a flag of the command line and is in config.json."""
+"""Options of a run, set by command-line flags and saved in config.json."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import optax
 
 import rmsprop_jax
 
-# Each with a peak learning rate that trains steadily, within 3 x of the best one.
+# Each has a peak learning rate that trains stably, within a factor of 3 of the best.
 OPTIMIZERS = dict(
     rmsprop=(rmsprop_jax.rmsprop, 0.01),
     sgd=(optax.sgd, 0.7),
@@ -20,30 +20,30 @@ SCHEDULES = ("constant", "cosine", "warmup_cosine")
 
 
 def option(default, help, allowed=None) -> Any:
-    """Return a dataclass field with its help text and the container of legal values."""
+    """Create a dataclass field with a help text and a container of allowed values."""
     return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The options that determine the result of a run."""
+    """Options that determine the result of a run."""
 
     optimizer: str = option(
         "rmsprop", "rmsprop, sgd, momentum, adam, adagrad or all", [*OPTIMIZERS, "all"]
     )
-    learning_rate: float | None = option(None, "peak; default: one for the optimizer")
-    decay: float = option(0.9, "rmsprop: decay of the average of squared gradients")
-    eps: float = option(1e-8, "rmsprop: added to that average under the root")
-    momentum: float | None = option(None, "rmsprop: decay of the momentum")
+    learning_rate: float | None = option(None, "peak; default: set per optimizer")
+    decay: float = option(0.9, "rmsprop: decay rate of the mean squared gradient")
+    eps: float = option(1e-8, "rmsprop: added to that mean inside the root")
+    momentum: float | None = option(None, "rmsprop: decay rate of the momentum")
     centered: bool = option(False, "rmsprop: divide by the standard deviation")
     zero: bool = option(False, "shard the optimizer state over the devices (ZeRO)")
     schedule: str = option("cosine", "constant, cosine or warmup_cosine", SCHEDULES)
     epochs: int = option(20, "passes over the training images", range(1, 10**6))
-    batch_size: int = option(32, "a multiple of the devices", range(1, 1438))
-    seed: int = option(0, "of the parameters and the order of images", range(2**31))
+    batch_size: int = option(32, "a multiple of the device count", range(1, 1438))
+    seed: int = option(0, "for the parameters and the image order", range(2**31))
 
     def __post_init__(self):
-        """Raise ValueError for values that no run can have."""
+        """Raise ValueError if an option is invalid."""
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["allowed"]
             if allowed and value not in allowed:
@@ -55,6 +55,6 @@ class Config:
 
     @property
     def rmsprop(self):
-        """The options that are arguments of `rmsprop_jax.rmsprop`."""
+        """Return the options that are arguments of `rmsprop_jax.rmsprop`."""
         names = ("decay", "eps", "momentum", "centered")
         return {name: getattr(self, name) for name in names}

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 
 def load():
-    """Return images [n, 8, 8] and labels [n]: 1437 for training, 360 held out."""
+    """Load images [n, 8, 8] and labels [n]: 1437 for training, 360 held out."""
     digits: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images = (digits.images / 16).astype(np.float32)[order]
@@ -18,9 +18,9 @@ def load():
 
 
 def batch(images, labels, size, seed, step):
-    """Return the images and labels of a step.
+    """Select the images and labels of a step.
 
-    They depend on seed and step alone, so a resumed run sees the same ones.
+    They depend only on seed and step, so a resumed run sees the same ones.
     """
     epoch, i = divmod(step, len(labels) // size)
     order = np.random.default_rng([seed, epoch]).permutation(len(labels))
@@ -29,7 +29,7 @@ def batch(images, labels, size, seed, step):
 
 
 class Reader(nnx.Module):
-    """A GRU over the rows of an image, and a linear layer on its last output."""
+    """GRU over the rows of an image, with a linear layer on its last output."""
 
     def __init__(self, rngs: nnx.Rngs, hidden: int = 64):
         """Create the layers."""

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.csv and two pictures."""
+"""Output of a run: metrics.csv and two figures."""
 
 import csv
 import os
@@ -11,13 +11,13 @@ from rmsprop_jax import plots
 
 
 def read_metrics(out):
-    """Return the rows of metrics.csv; none if it does not exist."""
+    """Read the rows of metrics.csv; return no rows if it does not exist."""
     path = out / "metrics.csv"
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
 def write_metrics(out, rows):
-    """Write metrics.csv such that a kill leaves the old file or the new one, whole."""
+    """Write metrics.csv atomically: a kill leaves the old file or the new one."""
     temporary = out / "metrics.csv.tmp"
     with temporary.open("w", newline="") as file:
         names = dict.fromkeys(key for row in rows for key in row)
@@ -28,7 +28,7 @@ def write_metrics(out, rows):
 
 
 def draw_curves(out):
-    """Draw loss and held-out accuracy against epochs, a line per optimizer."""
+    """Plot loss and held-out accuracy against epochs, with one line per optimizer."""
     rows = read_metrics(out)
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = both = figure.subplots(1, 2)
@@ -45,7 +45,7 @@ def draw_curves(out):
 
 
 def draw_diagnostics(out, rows, histogram, eps):
-    """Draw effective learning rates and update ratios by layer, and denominators."""
+    """Plot effective learning rates and update ratios by layer, and denominators."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     rates, ratios, denominators = figure.subplots(1, 3)
     # With a learning rate of 0, the logarithmic axes are empty.

@@ -1,4 +1,4 @@
-"""The training loop: written as for one device, run on those of all processes."""
+"""Training loop, written as for one device but run on the devices of all processes."""
 
 import functools
 from typing import Any
@@ -18,7 +18,7 @@ from rmsprop_jax.demo.config import OPTIMIZERS
 
 
 def make_optimizer(config, name, steps):
-    """Return the optimizer and its schedule."""
+    """Create the optimizer and its schedule."""
     optimizer, peak = OPTIMIZERS[name]
     if config.learning_rate is not None:
         peak = config.learning_rate
@@ -31,10 +31,10 @@ def make_optimizer(config, name, steps):
 
 
 def make_steps(config, tx, mesh):
-    """Return the initial state, and the compiled functions `step` and `evaluate`."""
+    """Create the initial state and the compiled functions `step` and `evaluate`."""
     training, held_out = data.load()
     graph, params = nnx.split(data.Reader(nnx.Rngs(config.seed)))
-    # Process 0 decides, as the others need not draw the same numbers.
+    # Process 0 decides, because the others may draw different numbers.
     params = multihost_utils.broadcast_one_to_all(nnx.to_pure_dict(params))
 
     params = put(params, replicated := NamedSharding(mesh, PartitionSpec()))
@@ -63,7 +63,7 @@ def make_steps(config, tx, mesh):
 
 
 def train(config, name, out, stop):
-    """Train with one optimizer, from its last checkpoint if there is one.
+    """Train with one optimizer, resuming from its last checkpoint if there is one.
 
     Writes metrics, checkpoints and diagnostics into the folder `out`; saves and stops
     when the event `stop` is set. Returns whether all epochs are done.
@@ -76,7 +76,7 @@ def train(config, name, out, stop):
     state, step, evaluate = make_steps(config, tx, mesh)
     checkpoints = Checkpoints(out / "checkpoints" / name)
     done, state = checkpoints.restore(state)
-    # Rows are written before checkpoints, so there may be more of them.
+    # Rows are written before checkpoints, so the file may be ahead of them.
     rows = report.read_metrics(out)
     rows = [x for x in rows if x["optimizer"] != name or int(x["step"]) <= done]
 
@@ -113,11 +113,11 @@ def train(config, name, out, stop):
 
 
 def put(tree, sharding):
-    """Put arrays that every process has on the devices of all."""
+    """Place arrays that every process holds on the devices of all processes."""
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda x: place(sharding, x, np.shape(x)), tree)
 
 
 def any_process(flag):
-    """Return whether any process sets the flag: all must stop at the same step."""
+    """Return whether any process set the flag, so that all stop at the same step."""
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

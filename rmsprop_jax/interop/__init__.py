@@ -4,10 +4,9 @@ The functions take and return plain dicts and arrays; they import no other frame
 unpickle nothing. The caller arranges the arrays: `to_params` takes a list of NumPy
 arrays, one for each parameter in the order of the other optimizer, and returns them as
 the pytree of the JAX parameters; `from_params` does the reverse. Each is called once
-for every buffer of the state. Values are checked; placement is not: two parameters of
-the same shape that are exchanged, or a square matrix that is not transposed, go
-unnoticed. Pass the function that converts the parameters themselves, and compare the
-loss before and after.
+for every buffer of the state. Values are checked; placement is not: swapped parameters
+of the same shape, or a square matrix that was not transposed, go unnoticed. Pass the
+function that converts the parameters themselves, and compare the loss before and after.
 
 Two buffers differ in value: a centered `nu` is E|g|^2 elsewhere and
 E|g|^2 - |E g|^2 here, and Optax's momentum buffer has the opposite sign.

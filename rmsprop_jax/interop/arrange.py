@@ -1,4 +1,4 @@
-"""Convert lists of arrays to an RMSPropState and back, with the checks they share."""
+"""Convert lists of arrays to an RMSPropState and back, with shared validation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ FIXES = dict(float16=HALF, bfloat16=HALF, complex64=COMPLEX, complex128=COMPLEX)
 
 
 def require(mapping, at, names, fix="", exact=False):
-    """Refuse a mapping that lacks these entries or, if `exact`, has others."""
+    """Raise ValueError if a mapping lacks entries or, if `exact`, has others."""
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}. {fix}")
     missing = [name for name in names if name not in mapping]
@@ -36,13 +36,13 @@ def require(mapping, at, names, fix="", exact=False):
 
 
 def used(names, options):
-    """Return the names, {field: name}, of the buffers that a run with options has."""
+    """Select the {field: name} of the buffers that a run with these options has."""
     has = {"nu": True, "mu": options["centered"], "trace": options["momentum"]}
     return {field: name for field, name in names.items() if has[field]}
 
 
 def steps(at, count):
-    """Return a number of steps as an int."""
+    """Convert a number of steps to an int."""
     try:
         number = float(np.asarray(_on_host(count)))
     except (TypeError, ValueError):
@@ -53,7 +53,7 @@ def steps(at, count):
 
 
 def check_dtype(at, x, allowed=("float32", "float64")):
-    """Refuse an array of another dtype, or of one that JAX has disabled."""
+    """Raise ValueError if a dtype is not allowed, or is disabled in JAX."""
     dtype = getattr(x, "dtype", type(x).__name__)
     dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
     enabled = [x for x in allowed if jax.dtypes.canonicalize_dtype(x) == x]
@@ -63,7 +63,7 @@ def check_dtype(at, x, allowed=("float32", "float64")):
 
 
 def check_finite(at, x):
-    """Refuse an array that is not finite."""
+    """Raise ValueError if an array is not finite."""
     finite = jnp.isfinite(x) if isinstance(x, jax.Array) else np.isfinite(x)
     if not finite.all():
         raise ValueError(
@@ -73,11 +73,11 @@ def check_finite(at, x):
 
 
 def to_state(count, buffers, to_params):
-    """Return the RMSPropState with these buffers.
+    """Build an RMSPropState from the buffers of another framework.
 
     Args:
       count: number of steps taken.
-      buffers: {field: {where an array came from: array}}, with E|g|^2 for `nu`.
+      buffers: {field: {name for error messages: array}}, with E|g|^2 for `nu`.
       to_params: as in `rmsprop_jax.interop`.
     """
     arrays = {k: [_array(at, x) for at, x in b.items()] for k, b in buffers.items()}
@@ -97,7 +97,7 @@ def to_state(count, buffers, to_params):
 
 
 def from_state(state, from_params):
-    """Return the buffers of a state as {field: list}, with E|g|^2 for `nu`."""
+    """Convert a state to buffers as {field: list}, with E|g|^2 for `nu`."""
     buffers = jax.tree_util.tree_map_with_path(
         lambda path, x: _array(f"state{jax.tree_util.keystr(path)}", x),
         storage.convert(state)._replace(count=None),
@@ -113,22 +113,22 @@ def from_state(state, from_params):
 
 
 def variance(square, mu):
-    """Return E|g|^2 - |E g|^2, at least 0, of trees."""
+    """Compute E|g|^2 - |E g|^2, at least 0, for each leaf."""
     return jax.tree.map(lambda x, m: (x - (m * m.conj()).real).clip(0), square, mu)
 
 
 def second_moment(nu, mu):
-    """Return E|g|^2 of trees, from a centered `nu`."""
+    """Compute E|g|^2 from a centered `nu`, for each leaf."""
     return jax.tree.map(lambda x, m: x + (m * m.conj()).real, nu, mu)
 
 
 def _on_host(x):
-    """Return a PyTorch tensor in a form that NumPy reads; others pass through."""
+    """Convert a PyTorch tensor to a form that NumPy reads; others pass through."""
     return x.detach().cpu() if hasattr(x, "detach") else x
 
 
 def _array(at, x):
-    """Return an array of any framework, checked, as a NumPy array."""
+    """Check an array of any framework and convert it to NumPy."""
     check_dtype(at, x)
     x = np.asarray(_on_host(x))
     check_finite(at, x)
@@ -136,7 +136,7 @@ def _array(at, x):
 
 
 def _check_buffer(field, label, nu, at, x):
-    """Refuse array x of a field if it does not fit its average of squares."""
+    """Raise ValueError if buffer x does not match its average of squares."""
     if (x.shape, x.dtype) != (nu.shape, nu.dtype):
         raise ValueError(
             f"{at} must be {nu.dtype}{list(nu.shape)} like {label}, got "
@@ -144,7 +144,7 @@ def _check_buffer(field, label, nu, at, x):
         )
     if field == "nu" and (x < 0).any():
         raise ValueError(f"{at} must not be negative: it is an average of squares.")
-    # Rounding adds up to less than this.
+    # The tolerance exceeds the accumulated rounding error.
     if field == "mu" and (np.abs(x) > 1.0005 * np.sqrt(nu) + 1e-15).any():
         raise ValueError(
             f"{at} must have squares below {label}, the average of squares of the same "
@@ -153,7 +153,7 @@ def _check_buffer(field, label, nu, at, x):
 
 
 def _check_elements(name, given, returned):
-    """Refuse arrays that `name` returned with elements lost, repeated or changed."""
+    """Raise ValueError if the function `name` lost, repeated or changed elements."""
     returned = [_array(f"{name}(...)[{i}]", x) for i, x in enumerate(returned)]
     if _elements(given) != _elements(returned):
         old, new = ([f"{x.dtype}{list(x.shape)}" for x in y] for y in (given, returned))
@@ -168,5 +168,5 @@ def _elements(arrays):
     by_dtype = {}
     for x in arrays:
         by_dtype.setdefault(str(x.dtype), []).append(np.ravel(x))
-    # Adding 0 makes -0 and 0, which sort as equal, the same bytes.
+    # Adding 0 turns -0 into 0: they sort as equal, but their bytes differ.
     return {k: np.sort(np.concatenate(x) + 0).tobytes() for k, x in by_dtype.items()}

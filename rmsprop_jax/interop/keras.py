@@ -25,11 +25,11 @@ def from_keras(
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay_mask: Any = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, RMSPropState]:
-    """Convert the state of `keras.optimizers.RMSprop`, to resume its run here.
+    """Convert the state of `keras.optimizers.RMSprop` to resume its run in JAX.
 
     Args:
-      variables: the dict that `optimizer.save_own_variables` filled, which is the group
-        optimizer/vars of a saved file; or `optimizer.variables`.
+      variables: the dict that `optimizer.save_own_variables` filled (the optimizer/vars
+        group of a saved file), or `optimizer.variables`.
       config: result of `optimizer.get_config()`.
       to_params: arranges a list of arrays as the pytree of parameters.
       learning_rate: number or schedule to use instead of the stored one; required if
@@ -41,8 +41,8 @@ def from_keras(
       The gradient transformation, with the hyperparameters of `config`, and its state.
 
     Raises:
-      ValueError: as `from_torch`; if `config` has clipping, averaging, loss scaling or
-        accumulation, which are transformations of their own in Optax.
+      ValueError: as in `from_torch`, or if `config` has clipping, averaging, loss
+        scaling or accumulation, which are separate transformations in Optax.
 
     Example:
       >>> import numpy as np
@@ -91,7 +91,7 @@ def from_keras(
     count = arrange.steps("variables['0'] (iteration)", variables[0])
     state = arrange.to_state(count, buffers, to_params)
     if learning_rate is None:
-        # Callbacks change this one, not the one in config.
+        # Callbacks change this rate, not the one in config.
         learning_rate = float(np.asarray(variables[1]))
     hyperparameters: dict[str, Any] = {name: config[name] for name in REQUIRED}
     hyperparameters["learning_rate"] = learning_rate
@@ -106,20 +106,20 @@ def to_keras(
     *,
     learning_rate: float | None,
 ) -> dict[str, np.ndarray]:
-    """Convert the state of `presets.keras`, to resume its run in Keras.
+    """Convert the state of `presets.keras` to resume its run in Keras.
 
     Args:
       state: state of `presets.keras`.
       from_params: arranges the pytree of parameters as a list of arrays in the order of
         the Keras variables.
-      learning_rate: current value; None if the Keras optimizer has a schedule.
+      learning_rate: its current value; None if the Keras optimizer has a schedule.
 
     Returns:
       A dict for `load_own_variables` of a built Keras optimizer, which must have the
       `momentum` and `centered` of the run.
 
     Raises:
-      ValueError: as `to_torch`.
+      ValueError: as in `to_torch`.
 
     Example:
       >>> import jax.numpy as jnp

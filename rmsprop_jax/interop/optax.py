@@ -13,29 +13,29 @@ from rmsprop_jax.interop import arrange
 from rmsprop_jax.transform import RMSPropState
 
 DTYPES = ("float32", "float64", "complex64", "complex128")
-# By name, because Optax exports only those without a count.
+# Matched by name, because Optax exports only the types without a count.
 CORES = ("ScaleByRmsState", "ScaleByRmsWithCountState")
 CORES += ("ScaleByRStdDevState", "ScaleByRStdDevWithCountState")
 
 
 def from_optax(opt_state: Any, *, count: int = 0) -> Any:
-    """Convert the state of `optax.rmsprop`, to resume its run here.
+    """Convert the state of `optax.rmsprop` to resume its run with `rmsprop`.
 
     Args:
       opt_state: state of `optax.rmsprop`, or of a chain or wrapper that contains it.
-      count: number of steps taken, used where the state has none: without a schedule.
+      count: number of steps taken, used if the state has no count (no schedule).
 
     Returns:
       The same state, with an RMSPropState in place of each state of `optax.rmsprop`,
       `optax.scale_by_rms` and `optax.scale_by_stddev`, for `rmsprop` or `scale_by_rms`
-      with the same arguments. A chain of the three parts that `optax.rmsprop` has is
-      taken for one; convert its first element alone. Arrays that need no change are
+      with the same arguments. A chain of the same three parts is taken for
+      `optax.rmsprop`; convert only its first element. Arrays that need no change are
       shared with `opt_state`.
 
     Raises:
       ValueError: if there is no such state, an array is not finite or of half
         precision, or centered is combined with bias_correction, which `rmsprop`
-        refuses.
+        rejects.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -57,7 +57,7 @@ def from_optax(opt_state: Any, *, count: int = 0) -> Any:
 
 
 def to_optax(state: Any, like: Any) -> Any:
-    """Convert the state of `rmsprop`, to resume its run with `optax.rmsprop`.
+    """Convert the state of `rmsprop` to resume its run with `optax.rmsprop`.
 
     Args:
       state: RMSPropState, or a state that contains it, as `from_optax` returns.
@@ -67,7 +67,7 @@ def to_optax(state: Any, like: Any) -> Any:
       A state with the structure and dtypes of `like`.
 
     Raises:
-      ValueError: if the two do not fit, an array of either is of half precision, or
+      ValueError: if the two do not match, an array of either is of half precision, or
         one of `state` is not finite.
 
     Example:
@@ -89,7 +89,7 @@ def to_optax(state: Any, like: Any) -> Any:
 
 
 def _flatten(name, tree):
-    """Return leaves with paths, and treedef; a state of optax.rmsprop is a leaf."""
+    """Flatten a tree with paths, keeping each state of optax.rmsprop as a leaf."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_rmsprop)
     if not any(_is_rmsprop(x) for _, x in leaves):
         raise ValueError(
@@ -100,12 +100,12 @@ def _flatten(name, tree):
 
 
 def _parts(x) -> Any:
-    """Return the three parts of a state of optax.rmsprop, or anything else as one."""
+    """Split a state of optax.rmsprop into three parts; others are a single part."""
     return x if type(x) is tuple and len(x) == 3 else (x,)
 
 
 def _is_rmsprop(x):
-    """Return whether this is a state of optax.rmsprop, or of its first part alone."""
+    """Return whether x is a state of optax.rmsprop, or of its first part alone."""
     core, *rest = _parts(x)
     none, lr, trace = optax.EmptyState, optax.ScaleByScheduleState, optax.TraceState
     return type(core).__name__ in CORES and all(
@@ -114,12 +114,12 @@ def _is_rmsprop(x):
 
 
 def _convert(at, x, count):
-    """Return the RMSPropState of an Optax state; `count` is for one that has none."""
+    """Convert an Optax state to an RMSPropState; `count` is used if it has none."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(x):
         if path[-1] != jax.tree_util.GetAttrKey("count"):
             arrange.check_dtype(at + keystr(path), leaf, DTYPES)
             arrange.check_finite(at + keystr(path), leaf)
-    # Copied, because JAX would share the memory of a NumPy array.
+    # Copied, because JAX would share memory with a NumPy array.
     x = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jnp.array(a), x)
     fields = {k: part for state in _parts(x) for k, part in state._asdict().items()}
     nu, mu = optax.tree_utils.tree_real(fields["nu"]), fields.get("mu")
@@ -136,7 +136,7 @@ def _convert(at, x, count):
 
 
 def _convert_back(path, state, like):
-    """Return an RMSPropState as an Optax state."""
+    """Convert an RMSPropState to an Optax state."""
     wanted = {name for part in _parts(like) for name in part._fields} | {"count"}
     given = {k for k, x in getattr(state, "_asdict", dict)().items() if x is not None}
     if given | {"count"} != wanted:
@@ -159,9 +159,9 @@ def _convert_back(path, state, like):
 
 
 def _match(at, tree, treedef):
-    """Return what a tree has in the place of each leaf of `like`."""
+    """Return the part of a tree at each leaf of `like`."""
     try:
-        # An error prints the tree: of shapes, not of values.
+        # An error prints the tree, so replace values by shapes.
         treedef.flatten_up_to(jax.tree.map(np.shape, tree))
     except ValueError as error:
         raise ValueError(
@@ -172,7 +172,7 @@ def _match(at, tree, treedef):
 
 
 def _cast(path, x, like):
-    """Return x with the dtype of a leaf of `like`, whose shape it must have."""
+    """Cast x to the dtype of a leaf of `like`, whose shape it must have."""
     if like.dtype != jnp.int32:
         arrange.check_dtype(f"like{path}", like, DTYPES)
         arrange.check_dtype(f"state{path}", x, DTYPES)

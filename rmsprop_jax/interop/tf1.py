@@ -14,7 +14,7 @@ NAMES = {"nu": "rms", "mu": "mg", "trace": "momentum"}
 def from_tf1(
     slots: Mapping[str, Sequence[Any]], to_params: arrange.ToParams, *, count: int = 0
 ) -> RMSPropState:
-    """Convert the state of TensorFlow 1's RMSPropOptimizer, to resume its run here.
+    """Convert the state of TensorFlow 1's RMSPropOptimizer to resume its run in JAX.
 
     Args:
       slots: lists of arrays under "rms", under "mg" if centered, and under "momentum"
@@ -25,11 +25,11 @@ def from_tf1(
       count: number of steps taken, which the slots do not contain.
 
     Returns:
-      A state for `presets.tf1`, or `presets.keras_legacy`, with the hyperparameters of
+      A state for `presets.tf1` or `presets.keras_legacy` with the hyperparameters of
       the run.
 
     Raises:
-      ValueError: as `from_torch`.
+      ValueError: as in `from_torch`.
 
     Example:
       >>> import numpy as np
@@ -61,7 +61,7 @@ def from_tf1(
 def to_tf1(
     state: RMSPropState, from_params: arrange.FromParams
 ) -> dict[str, list[np.ndarray]]:
-    """Convert the state of `presets.tf1`, to resume its run in TensorFlow 1.
+    """Convert the state of `presets.tf1` to resume its run in TensorFlow 1.
 
     Args:
       state: state of `presets.tf1` or `presets.keras_legacy`.
@@ -73,7 +73,7 @@ def to_tf1(
       always has this slot) and, if centered, "mg".
 
     Raises:
-      ValueError: as `to_torch`.
+      ValueError: as in `to_torch`.
 
     Example:
       >>> import jax.numpy as jnp

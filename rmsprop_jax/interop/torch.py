@@ -25,21 +25,21 @@ def from_torch(
     lr: optax.ScalarOrSchedule | None = None,
     preset: Preset | None = None,
 ) -> tuple[Transformation, RMSPropState]:
-    """Convert the state of `torch.optim.RMSprop`, to resume its run here.
+    """Convert the state of `torch.optim.RMSprop` to resume its run in JAX.
 
     Args:
       state_dict: result of `optimizer.state_dict()`.
       to_params: arranges a list of arrays as the pytree of parameters; the list has the
-        order of `model.named_parameters()` if the optimizer was given those.
-      lr: learning rate or schedule, which continues at the step that was reached; None
-        means that of the parameter group. Required after a PyTorch scheduler.
+        order of `model.named_parameters()` if the optimizer was built from those.
+      lr: learning rate, or schedule, which continues at the saved step; None means that
+        of the parameter group. Required if a PyTorch scheduler was used.
       preset: `presets.sb3` for Stable-Baselines3. PyTorch and timm are recognized.
 
     Returns:
       The gradient transformation, with the hyperparameters of the group, and its state,
       whose count is the largest step of any parameter. Convert groups with different
       hyperparameters one at a time, with `optax.MaskedNode()` for the parameters of the
-      others, and join them with `optax.partition`: in the state that its `init`
+      others, and combine them with `optax.partition`: in the state that its `init`
       returns, replace `inner_states` by `{label: optax.MaskedState(state), ...}`.
 
     Raises:
@@ -90,7 +90,7 @@ def to_torch(
     preset: Preset = presets.torch,
     **hyperparameters: Any,
 ) -> dict[str, Any]:
-    """Convert the state of `presets.torch`, to resume its run in PyTorch.
+    """Convert the state of `presets.torch` to resume its run in PyTorch.
 
     Args:
       state: state of `preset`; not of `rmsprop`, whose momentum buffer contains the
@@ -108,9 +108,9 @@ def to_torch(
       group to keep them. Attach a scheduler after loading.
 
     Raises:
-      ValueError: if `lr` is missing, `momentum` or `centered` are not those of the
-        state, an array is not finite, float32 or float64, or elements changed; or if a
-        parameter group is of another optimizer.
+      ValueError: if `lr` is missing, `momentum` or `centered` contradicts the state,
+        an array is not finite or not float32 or float64, elements changed, or a
+        parameter group belongs to another optimizer.
       TypeError: if the preset does not take a hyperparameter.
 
     Example:
@@ -153,7 +153,7 @@ def to_torch(
 
 
 def _preset(entries, preset) -> Preset:
-    """Return the preset of parameter groups with these entries."""
+    """Choose the preset that matches the entries of parameter groups."""
     known = presets.torch if "maximize" in entries else preset
     known = presets.timm if "lr_in_momentum" in entries else known
     allowed = (presets.torch, presets.timm, presets.sb3)
@@ -167,7 +167,7 @@ def _preset(entries, preset) -> Preset:
 
 
 def _hyperparameters(groups, lr, preset):
-    """Return the arguments of the preset, on which all parameter groups must agree."""
+    """Return the preset's arguments, on which all parameter groups must agree."""
     known = set(inspect.signature(preset).parameters)
     for k, group in enumerate(groups):
         at = f"param_groups[{k}]"
@@ -197,8 +197,8 @@ def _hyperparameters(groups, lr, preset):
 
 
 def _check_enabled(at, group, preset):
-    """Refuse a parameter group with an option enabled that the preset does not have."""
-    # Other numbers come from schedulers, but what is True changes a step.
+    """Raise ValueError if a group enables an option that the preset does not have."""
+    # Schedulers add other numbers, but an option that is True changes a step.
     known = {*inspect.signature(preset).parameters, *EXECUTION}
     enabled = [name for name in {*group} - known if group[name] is True]
     if enabled:
@@ -209,7 +209,7 @@ def _check_enabled(at, group, preset):
 
 
 def _numbers(arguments):
-    """Return bools and floats, without the dtypes that PyTorch does not have."""
+    """Convert arguments to bools and floats, without dtypes, which PyTorch lacks."""
     return {
         name: x if isinstance(x, bool) else float(x)
         for name, x in arguments.items()

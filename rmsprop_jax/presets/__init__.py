@@ -1,9 +1,9 @@
-"""The RMSProp of other frameworks and of papers, as options of `rmsprop`.
+"""Presets that reproduce the RMSProp of other frameworks and of papers.
 
-A preset of a framework takes the arguments of its original, in their order, so that a
-call is ported by changing its first word; arguments that only affect execution, such as
-`foreach`, are left out. Each returns and raises as `rmsprop` does. An argument says how
-it differs from `rmsprop`; what is not mentioned is the same.
+The preset of a framework takes the arguments of its original in the same order, so that
+porting a call changes only the name of the function; arguments that only affect
+execution, such as `foreach`, are left out. Each returns and raises as `rmsprop` does.
+The docstrings list differences from `rmsprop`; anything not mentioned is the same.
 
 Hyperparameters may be traced, as in `rmsprop`. A coefficient of 0 turns its term off,
 as in the originals; an array of 0, as `optax.inject_hyperparams` makes, does not.

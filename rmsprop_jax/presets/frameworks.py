@@ -19,14 +19,14 @@ Preset = TypeVar("Preset", bound=Callable[..., Transformation])
 
 
 class StateDtypes(TypedDict, total=False):
-    """Keyword arguments that every preset passes on to `rmsprop`."""
+    """Keyword arguments that every preset passes to `rmsprop`."""
 
     nu_dtype: DTypeLike | None
     momentum_dtype: DTypeLike | None
 
 
 def preset(function: Preset) -> Preset:
-    """Show `**dtypes` as the arguments of StateDtypes, and refuse any other."""
+    """Replace `**dtypes` in a signature by StateDtypes, and reject other arguments."""
     parameters = [*inspect.signature(function).parameters.values()][:-1]
     parameters += [
         inspect.signature(rmsprop).parameters[k] for k in StateDtypes.__annotations__
@@ -49,7 +49,7 @@ def preset(function: Preset) -> Preset:
 
 
 def _none_if_zero(value: Any) -> Any:
-    """Return None, which means off, for a number that is 0; arrays pass through."""
+    """Convert the number 0 to None, which means off; arrays pass through."""
     return None if isinstance(value, int | float | np.number) and not value else value
 
 
@@ -81,8 +81,8 @@ def torch(
       **dtypes: `nu_dtype` and `momentum_dtype`, as in `rmsprop`.
 
     References:
-      PyTorch 2.13, torch/optim/rmsprop.py. The same without momentum: MLX, Chainer's
-      RMSprop, bitsandbytes (which ignores `momentum`).
+      PyTorch 2.13, torch/optim/rmsprop.py. Without momentum, MLX, Chainer's
+      RMSprop and bitsandbytes (which ignores `momentum`) do the same.
     """
     tx = rmsprop(
         lr,
@@ -129,7 +129,7 @@ def tf1(
 
     References:
       TensorFlow 2.21, tensorflow/python/training/rmsprop.py. It rounds hyperparameters
-      to float32, so 0.9 is 0.9 + 2e-8 there; only float64 shows it.
+      to float32, so 0.9 is 0.9 + 2e-8 there; visible only in float64.
     """
     return rmsprop(
         learning_rate,
@@ -163,7 +163,7 @@ def keras(
       epsilon: added inside the square root, in units of |g|^2.
       centered: divide by the standard deviation of the gradient.
       weight_decay: coefficient of decoupled weight decay.
-      weight_decay_mask: pytree of bools, for Keras's `exclude_from_weight_decay`.
+      weight_decay_mask: pytree of bools, in place of `exclude_from_weight_decay`.
       **dtypes: `nu_dtype` and `momentum_dtype`, as in `rmsprop`.
 
     References:
@@ -193,8 +193,8 @@ def keras_legacy(
 ) -> Transformation:
     """Create the equivalent of Keras 2's `tf_keras.optimizers.legacy.RMSprop`.
 
-    As there, momentum in an array counts as momentum even if it is 0: under
-    `optax.inject_hyperparams`, pass static_args="momentum" where there is none.
+    As in the original, an array counts as momentum even if it is 0: without momentum,
+    pass static_args="momentum" to `optax.inject_hyperparams`.
 
     Args:
       learning_rate: learning rate or schedule.
@@ -246,7 +246,7 @@ def timm(
       weight_decay: coefficient of params, added to the gradient (`l2`).
       momentum: decay rate of the momentum buffer.
       centered: divide by the standard deviation of the gradient.
-      decoupled_decay: decouple the weight decay from the gradient.
+      decoupled_decay: apply weight decay to params instead of the gradient.
       lr_in_momentum: as in `rmsprop`.
       **dtypes: `nu_dtype` and `momentum_dtype`, as in `rmsprop`.
 

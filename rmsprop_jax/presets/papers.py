@@ -18,7 +18,7 @@ from rmsprop_jax.transform import rmsprop
 def graves(
     learning_rate: LearningRate = 1e-4, **dtypes: Unpack[StateDtypes]
 ) -> Transformation:
-    """Create the RMSProp of Graves's sequence generation: centered, with momentum.
+    """Create the RMSProp of Graves (2013), which is centered and has momentum.
 
     Args:
       learning_rate: learning rate or schedule.
@@ -37,7 +37,7 @@ def dqn(
     eps: ArrayLike = 0.01,
     **dtypes: Unpack[StateDtypes],
 ) -> Transformation:
-    """Create the RMSProp of the Deep Q-Network that played Atari games: centered.
+    """Create the centered RMSProp of the Deep Q-Network (DQN) for Atari games.
 
     Args:
       learning_rate: learning rate or schedule.
@@ -59,8 +59,8 @@ def a3c(
     """Create the RMSProp of PFRL's reproduction of A3C: decay 0.99, eps 0.1.
 
     Args:
-      learning_rate: learning rate or schedule. There it falls linearly to 0, and
-        gradients are clipped to a norm of 40.
+      learning_rate: learning rate or schedule. PFRL decays it linearly to 0, and
+        clips gradients to a norm of 40.
       **dtypes: `nu_dtype` and `momentum_dtype`, as in `rmsprop`.
 
     References:
@@ -79,7 +79,7 @@ def impala(
     TorchBeast's IMPALA instead uses `torch(4.8e-4, alpha=0.99, eps=0.01)`.
 
     Args:
-      learning_rate: learning rate or schedule; there it falls linearly to 0.
+      learning_rate: learning rate or schedule; IMPALA decays it linearly to 0.
       **dtypes: `nu_dtype` and `momentum_dtype`, as in `rmsprop`.
 
     References:
@@ -96,7 +96,7 @@ def inception(
 
     Args:
       learning_rate: learning rate or schedule; in the paper 0.045, times 0.94 every
-        second epoch. The momentum is from the code; the paper names none.
+        second epoch. The momentum is from the code; the paper gives none.
       **dtypes: `nu_dtype` and `momentum_dtype`, as in `rmsprop`.
 
     References:

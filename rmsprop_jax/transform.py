@@ -224,7 +224,7 @@ def _transformation(
         checks.state(state, centered, has_trace)
         if reads_params and params is None:
             raise ValueError(
-                f"{' and '.join(reads_params)} must read the parameters: call "
+                f"{' and '.join(reads_params)} need params: call "
                 "update(updates, state, params)."
             )
         treedef = storage.treedef(state.nu)

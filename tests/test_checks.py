@@ -112,7 +112,7 @@ WRONG_UPDATES = WRONG | {
     "broadcast": (tree(deep=[jnp.ones(1)]), "not broadcast. Reshape one of the two"),
 }
 WRONG_PARAMS = WRONG | {
-    "none": (None, "must read the parameters", "update(updates, state, params)"),
+    "none": (None, "need params", "update(updates, state, params)"),
     "leaf_none": (tree(w=None), "['w'] must be an array, got NoneType"),
     "masked": (tree(w=optax.MaskedNode()), "['w']", "got MaskedNode"),
 }

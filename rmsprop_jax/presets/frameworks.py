@@ -129,7 +129,7 @@ def tf1(
 
     References:
       TensorFlow 2.21, tensorflow/python/training/rmsprop.py. It rounds hyperparameters
-      to float32, so 0.9 is 0.9 + 2e-8 there; visible only in float64.
+      to float32, so 0.9 is 0.9 - 2e-8 there; visible only in float64.
     """
     return rmsprop(
         learning_rate,

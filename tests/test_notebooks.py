@@ -1,22 +1,15 @@
-"""Notebooks run from top to bottom, and their saved outputs are from such a run."""
+"""Saved outputs of notebooks are from one run, from top to bottom.
+
+CI runs them in whole: `python tests/measure/notebooks.py`.
+"""
 
 import nbformat
 import pytest
 
 import notebooks
 
-each = pytest.mark.parametrize("name", notebooks.ALL)
 
-
-@each
-def test_a_notebook_runs(name, tmp_path, monkeypatch):
-    # As in a user's kernel: JAX's own defaults, and as many devices as there are.
-    monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.setenv("QUICK", "")
-    notebooks.run(name, quick=True, folder=tmp_path)
-
-
-@each
+@pytest.mark.parametrize("name", notebooks.ALL)
 def test_a_notebook_was_saved_as_it_ran(name):
     notebook = nbformat.read(notebooks.FOLDER / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from rmsprop_jax import checks, reductions, storage
@@ -241,21 +241,25 @@ def _denominator(nu, eps, eps_in_sqrt):
     return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
 
 
+def _count(bins):
+    return jnp.zeros(128, jnp.uint32).at[bins].add(1, mode="drop")
+
+
 @jax.jit
 def _histogram(nu):
     total = jnp.zeros(128)
     for stored in storage.leaves(nu, storage.treedef(nu)):
         v = storage.decode(stored).astype(jnp.float32)
         exponents = (jax.lax.bitcast_convert_type(v, jnp.uint32) >> 23) & 255
-        # With explicit sharding, JAX does not infer that the counts are replicated.
-        sharding = jax.typeof(v).sharding
-        replicated = sharding.update(spec=PartitionSpec())
-        options = {"out_sharding": replicated} if any(sharding.spec) else {}
         # A factor of two in sqrt(nu) is a factor of four in nu, so a bin spans two
         # exponents. NaN and infinity have exponent 255, which is in no bin.
-        counts = jnp.zeros(128, jnp.uint32)
-        counts = counts.at[(exponents + 1) >> 1].add(1, mode="drop", **options)
-        total += counts.astype(jnp.float32)
+        count = _count
+        sharding = jax.typeof(v).sharding
+        if AxisType.Explicit in sharding.mesh.axis_types:
+            # With explicit sharding, JAX does not infer that the counts are replicated.
+            replicated = sharding.update(spec=PartitionSpec())
+            count = jax.sharding.auto_axes(count, out_sharding=replicated)
+        total += count((exponents + 1) >> 1).astype(jnp.float32)
     return total
 
 

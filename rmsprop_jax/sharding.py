@@ -149,5 +149,5 @@ def _full_like(p, value, shape, dtype, largest):
     replaced = [i for i in range(p.ndim) if shape[i] != p.shape[i]]
     nan = nan.any(axis=replaced, keepdims=True) if replaced else nan
     wide = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
-    value = jnp.minimum(jnp.asarray(value), largest)
-    return (nan.astype(wide) * 0 + value.astype(wide)).astype(dtype)
+    value = jnp.minimum(jnp.asarray(value).astype(wide), largest)
+    return (nan.astype(wide) * 0 + value).astype(dtype)

@@ -189,7 +189,7 @@ def transformations(rmsprop, scale_by_rms, scale_by_stddev):
         masked=optax.masked(scheduled, dict(real=True, complex=False)),
         multisteps=optax.MultiSteps(scheduled, 2),
         partition=optax.partition(dict(x=scheduled, y=rmsprop(0.05)), labels),
-        injected=inject(rmsprop, static_args="initial_scale")(falling, **everything),
+        injected=inject(rmsprop)(falling, **everything),
         core_before_another=optax.chain(scale_by_rms(), optax.scale(-0.1)),
         centered_core=scale_by_stddev(),
         # It has three parts too, but is no state of optax.rmsprop.

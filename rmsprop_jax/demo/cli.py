@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rmsprop_jax.demo.config import OPTIMIZERS, Config
 
@@ -117,11 +117,29 @@ def agree(args, options):
             found = dict(out=str(out), config=dataclasses.asdict(config))
         except (OSError, ValueError) as error:
             found = dict(error=str(error))
-    text = np.frombuffer(json.dumps(found).encode().ljust(2**14), np.uint8)
-    found = json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+    found = json.loads(broadcast(json.dumps(found)))
     if "error" in found:
         raise ValueError(found["error"])
     return Path(found["out"]), Config(**found["config"])
+
+
+def broadcast(text):
+    """Return the text of process 0 in every process.
+
+    `multihost_utils.broadcast_one_to_all` returns when one device is done. A process
+    that exits then leaves the devices of the others waiting.
+    """
+    mesh = Mesh(jax.devices(), "devices")
+    # The sum of one row per device, of which all but one are zero.
+    rows = np.zeros((jax.local_device_count(), 2**14), np.uint8)
+    if jax.process_index() == 0:
+        rows[0] = np.frombuffer(text.encode().ljust(2**14), np.uint8)
+    rows = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, PartitionSpec("devices")), rows
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    total = jax.jit(lambda x: x.sum(0, dtype=x.dtype), out_shardings=replicated)(rows)
+    return np.asarray(total.block_until_ready()).tobytes().decode()
 
 
 def stop_on_interrupt():
@@ -153,6 +171,16 @@ def set_up(arguments):
 
 def main(arguments=None):
     """Run the command line and return the exit status."""
+    try:
+        return run(arguments)
+    finally:
+        # At exit, JAX would close the connections before it waits for the other
+        # processes, which may still be reading from them.
+        jax.distributed.shutdown()
+
+
+def run(arguments):
+    """Train as the command line says and return the exit status."""
     # Before there is anything to save, Ctrl-C exits without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     args, out, config = set_up(arguments)

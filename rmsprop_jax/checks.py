@@ -46,13 +46,13 @@ def hyperparameters(initial_scale, centered, mask, options):
     if options["bias_correction"] and (centered or _concrete(start)):
         cause = "centered=True" if centered else f"initial_scale={initial_scale}"
         raise ValueError(
-            f"bias_correction has no meaning with {cause}: it corrects an average that "
+            f"bias_correction cannot be combined with {cause}: it corrects an average that "
             "is not centered and starts at 0. Drop one of the two."
         )
     seen = _concrete(numbers["decay"])
     if centered and seen is not None and seen < np.finfo(np.float32).tiny:
         raise ValueError(
-            f"centered has no meaning with decay={seen:g}: a single gradient has no "
+            f"centered requires decay > 0, got {seen:g}: a single gradient has no "
             "variance. Use a decay above 0, about 0.9."
         )
     if mask is not None and "weight_decay" not in numbers:
@@ -105,8 +105,8 @@ def parameter(path, leaf):
     except TypeError:
         raise ValueError(
             f"params{jax.tree_util.keystr(path)} must be an array, got "
-            f"{type(leaf).__name__}. Leave out what is not trained: filter the tree, "
-            "or use optax.masked."
+            f"{type(leaf).__name__}. Exclude parameters that are not trained: filter the "
+            "tree, or use optax.masked."
         ) from None
 
 
@@ -141,7 +141,7 @@ def leaves(name, values, treedef):
         missing = ", ".join(x for x in known if x not in found) or "nothing"
         extra = ", ".join(x for x in found if x not in known) or "nothing"
         if missing == extra == "nothing":
-            missing += " (but the containers are of other types)"
+            missing += " (but the container types differ)"
         raise ValueError(
             f"{name} must have the tree structure that init was given; missing: "
             f"{missing}; extra: {extra}. {error}"
@@ -188,8 +188,8 @@ def gradient(g, p, nu, mu, trace, reads_params, treedef, i):
             raise ValueError(f"{name}{at()} must be an array, got {type(x).__name__}.")
     if not jnp.issubdtype(g.dtype, jnp.inexact):
         raise ValueError(
-            f"updates{at()} must be floating point or complex, got {g.dtype}. Leave "
-            "out what is not trained, with optax.masked or optax.partition."
+            f"updates{at()} must be floating point or complex, got {g.dtype}. "
+            "Exclude parameters that are not trained, with optax.masked or optax.partition."
         )
     if g.shape != nu.shape:
         raise ValueError(
@@ -221,7 +221,7 @@ def mask(mask, params, treedef):
 
     def spread(m, part):
         if isinstance(m, str) or np.asarray(m).dtype != bool or np.ndim(m):
-            raise ValueError(f"Got {m!r}.")
+            raise ValueError(f"It contains {m!r}.")
         return jax.tree.map(lambda _: bool(m), part)
 
     try:

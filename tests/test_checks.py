@@ -69,7 +69,7 @@ def test_contradictions_are_refused(factory):
         factory(bias_correction=True, centered=True)
     with refusal("bias_correction", "initial_scale=1.0", "Drop one"):
         factory(bias_correction=True, initial_scale=1.0)
-    with refusal("centered", "decay=0", "decay above 0"):
+    with refusal("centered requires decay > 0, got 0", "decay above 0"):
         factory(centered=True, decay=0)
     with refusal("weight_decay_mask", "weight_decay is None", "Pass weight_decay"):
         build(weight_decay_mask=True)
@@ -100,7 +100,7 @@ WRONG = {
     "missing": (dict(w=1.0, z=1j), " must have the tree structure", "extra: nothing"),
     "extra": (tree(c=1.0), " must have the", "missing: nothing; extra: ['c']"),
     "list": ([1.0], " must", "missing: ['deep'][0], ['w'], ['z']; extra: [0]"),
-    "tuple": (tree(deep=(1.0,)), " must", "containers", "Expected list, got"),
+    "tuple": (tree(deep=(1.0,)), " must", "container types differ", "Expected list, got"),
     "deeper": (tree(w=dict(v=1.0)), "['w'] must be an array, got dict"),
     "column": (tree(deep=[COLUMN]), "['deep'][0] must have shape (3,)", "got (3, 1)"),
     "scalar": (tree(deep=[1.0]), "['deep'][0] must have shape (3,)", "got ()"),

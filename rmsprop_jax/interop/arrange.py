@@ -22,7 +22,7 @@ COMPLEX = (
 FIXES = dict(float16=HALF, bfloat16=HALF, complex64=COMPLEX, complex128=COMPLEX)
 
 
-def require(mapping, at, names, fix="", exact=False):
+def check_entries(mapping, at, names, fix="", exact=False):
     """Raise ValueError if a mapping lacks entries or, if `exact`, has others."""
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}. {fix}")
@@ -35,13 +35,13 @@ def require(mapping, at, names, fix="", exact=False):
         )
 
 
-def used(names, options):
+def buffer_names(names, options):
     """Select the {field: name} of the buffers that a run with these options has."""
     has = {"nu": True, "mu": options["centered"], "trace": options["momentum"]}
     return {field: name for field, name in names.items() if has[field]}
 
 
-def steps(at, count):
+def step_count(at, count):
     """Convert a number of steps to an int."""
     try:
         number = float(np.asarray(_on_host(count)))

@@ -58,7 +58,7 @@ def from_keras(
       Keras 3.15, keras/src/optimizers/rmsprop.py and base_optimizer.py: iteration,
       learning_rate unless scheduled, then velocity, momentum and average_gradient.
     """
-    arrange.require(config, "config", REQUIRED)
+    arrange.check_entries(config, "config", REQUIRED)
     for name in UNSUPPORTED:
         if config.get(name):
             raise ValueError(
@@ -72,7 +72,7 @@ def from_keras(
             "or the equivalent Optax schedule."
         )
     head = ["iteration", "learning_rate"][: 1 if scheduled else 2]
-    names = arrange.used(NAMES, config)
+    names = arrange.buffer_names(NAMES, config)
     size, rest = divmod(len(variables) - len(head), len(names))
     if size < 1 or rest:
         raise ValueError(
@@ -82,13 +82,13 @@ def from_keras(
         )
     if isinstance(variables, Mapping):
         keys = [str(i) for i in range(len(variables))]
-        arrange.require(variables, "variables", keys)
+        arrange.check_entries(variables, "variables", keys)
         variables = [variables[key] for key in keys]
     buffers = {field: {} for field in names}
     for i, x in enumerate(variables[len(head) :]):
         field, name = [*names.items()][i // size]
         buffers[field][f"variables['{i + len(head)}'] ({name})"] = x
-    count = arrange.steps("variables['0'] (iteration)", variables[0])
+    count = arrange.step_count("variables['0'] (iteration)", variables[0])
     state = arrange.to_state(count, buffers, to_params)
     if learning_rate is None:
         # Callbacks change this rate, not the one in config.

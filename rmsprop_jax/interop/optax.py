@@ -48,7 +48,7 @@ def from_optax(opt_state: Any, *, count: int = 0) -> Any:
     References:
       Optax 0.2.8, optax/_src/alias.py and optax/_src/transform.py.
     """
-    count = arrange.steps("count", count)
+    count = arrange.step_count("count", count)
     leaves, treedef = _flatten("opt_state", opt_state)
     return treedef.unflatten(
         _convert(f"opt_state{keystr(path)}", x, count) if _is_rmsprop(x) else x

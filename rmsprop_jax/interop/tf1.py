@@ -41,21 +41,23 @@ def from_tf1(
     References:
       TensorFlow 2.21, tensorflow/python/training/rmsprop.py.
     """
-    arrange.require(slots, "slots", ["rms"])
+    arrange.check_entries(slots, "slots", ["rms"])
     options = dict(centered="mg" in slots, momentum="momentum" in slots)
-    names = arrange.used(NAMES, options)
-    arrange.require(slots, "slots", [*names.values()], "Remove others.", exact=True)
-    buffers = {}
-    for field, name in names.items():
-        arrays, fits = slots[name], isinstance(slots[name], list | tuple)
-        if not fits or len(arrays) != len(slots["rms"]):
-            raise ValueError(
-                f"slots[{name!r}] must be a list with an array for each variable, got "
-                f"{type(arrays).__name__} of length {len(arrays)}, and "
-                f"{len(slots['rms'])} for rms."
-            )
-        buffers[field] = {f"slots[{name!r}][{i}]": x for i, x in enumerate(arrays)}
-    return arrange.to_state(arrange.steps("count", count), buffers, to_params)
+    names = arrange.buffer_names(NAMES, options)
+    arrange.check_entries(slots, "slots", [*names.values()], "Remove others.", exact=True)
+    lists = {name: slots[name] for name in names.values()}
+    sizes = {k: len(x) for k, x in lists.items() if isinstance(x, list | tuple)}
+    if len(sizes) < len(lists) or len({*sizes.values()}) > 1:
+        found = {k: sizes.get(k, type(x).__name__) for k, x in lists.items()}
+        raise ValueError(
+            f"slots must have lists with an array for each variable, got {found} (their "
+            "lengths or types)."
+        )
+    buffers = {
+        field: {f"slots[{name!r}][{i}]": x for i, x in enumerate(lists[name])}
+        for field, name in names.items()
+    }
+    return arrange.to_state(arrange.step_count("count", count), buffers, to_params)
 
 
 def to_tf1(

@@ -61,7 +61,7 @@ def from_torch(
     References:
       PyTorch 2.13, torch/optim/rmsprop.py.
     """
-    arrange.require(state_dict, "state_dict", ["state", "param_groups"])
+    arrange.check_entries(state_dict, "state_dict", ["state", "param_groups"])
     rows, groups = state_dict["state"], state_dict["param_groups"]
     if not any("params" in group and group["params"] for group in groups):
         raise ValueError("state_dict['param_groups'] must have params, got none.")
@@ -70,16 +70,16 @@ def from_torch(
     labels = {i: f"state_dict['state'][{i!r}]" for x in groups for i in x["params"]}
     fix = "For one that never has a gradient, remove it from params, and arrange "
     fix += "optax.MaskedNode() in its place."
-    arrange.require(rows, "state_dict['state']", labels, fix, exact=True)
-    names = arrange.used(NAMES, hyperparameters)
+    arrange.check_entries(rows, "state_dict['state']", labels, fix, exact=True)
+    names = arrange.buffer_names(NAMES, hyperparameters)
     fix = "They must match centered and momentum of the parameter group."
     for i, at in labels.items():
-        arrange.require(rows[i], at, ["step", *names.values()], fix, exact=True)
+        arrange.check_entries(rows[i], at, ["step", *names.values()], fix, exact=True)
     buffers = {
         field: {f"{at}[{name!r}]": rows[i][name] for i, at in labels.items()}
         for field, name in names.items()
     }
-    steps = (arrange.steps(f"{x}['step']", rows[i]["step"]) for i, x in labels.items())
+    steps = (arrange.step_count(f"{x}['step']", rows[i]["step"]) for i, x in labels.items())
     return preset(**hyperparameters), arrange.to_state(max(steps), buffers, to_params)
 
 
@@ -137,8 +137,8 @@ def to_torch(
     options = {k: x for k, x in hyperparameters.items() if k in known or k not in kept}
     call = inspect.signature(preset).bind(**options)
     call.apply_defaults()
-    group, lists = _numbers(call.arguments), arrange.from_state(state, from_params)
-    names = arrange.used(NAMES, group)
+    group, lists = _to_floats(call.arguments), arrange.from_state(state, from_params)
+    names = arrange.buffer_names(NAMES, group)
     if set(lists) != set(names):
         raise ValueError(
             f"centered={group['centered']} and momentum={group['momentum']} do not fit "
@@ -171,7 +171,7 @@ def _hyperparameters(groups, lr, preset):
     known = set(inspect.signature(preset).parameters)
     for k, group in enumerate(groups):
         at = f"param_groups[{k}]"
-        arrange.require(group, at, REQUIRED)
+        arrange.check_entries(group, at, REQUIRED)
         _check_enabled(at, group, preset)
         if "base_momentum" in group:
             raise ValueError(
@@ -192,7 +192,7 @@ def _hyperparameters(groups, lr, preset):
                     "state_dict['state'][i] for i in group['params']}), and join them "
                     "with optax.partition."
                 )
-    numbers = _numbers({name: groups[0][name] for name in known & {*groups[0]}})
+    numbers = _to_floats({name: groups[0][name] for name in known & {*groups[0]}})
     return numbers if lr is None else numbers | {"lr": lr}
 
 
@@ -204,11 +204,11 @@ def _check_enabled(at, group, preset):
     if enabled:
         raise ValueError(
             f"{at} has {', '.join(sorted(enabled))} enabled, unlike presets."
-            f"{preset.__name__}. If it is of another optimizer, pass preset."
+            f"{preset.__name__}. For another optimizer, pass its preset."
         )
 
 
-def _numbers(arguments):
+def _to_floats(arguments):
     """Convert arguments to bools and floats, without dtypes, which PyTorch lacks."""
     return {
         name: x if isinstance(x, bool) else float(x)

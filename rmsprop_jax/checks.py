@@ -19,7 +19,7 @@ def hyperparameters(initial_scale, centered, mask, options):
 
     Args:
       initial_scale: initial value of `nu`.
-      centered: whether `nu` is centered.
+      centered: whether `nu` is centered; bool.
       mask: weight decay mask, or None.
       options: arguments of `rule.step`; an optional number that is None is off.
 
@@ -27,7 +27,8 @@ def hyperparameters(initial_scale, centered, mask, options):
       The initial scale; a dict of the numbers that are not None and `one_minus_decay`;
       a tuple of flags as (name, bool). Python and NumPy numbers become floats.
     """
-    flags = tuple((name, bool(options[name])) for name in FLAGS if name in options)
+    flag("centered", centered)
+    flags = tuple((k, flag(k, options[k])) for k in FLAGS if k in options)
     numbers: dict[str, Any] = dict(
         decay=scalar("decay", options["decay"], 0, 1),
         eps=scalar("eps", options["eps"], 0),
@@ -42,12 +43,12 @@ def hyperparameters(initial_scale, centered, mask, options):
     for name, high in (("momentum", 1), ("l2", math.inf), ("weight_decay", math.inf)):
         if options.get(name) is not None:
             numbers[name] = scalar(name, options[name], 0, high)
-    start = scalar("initial_scale", initial_scale, 0)
-    if options["bias_correction"] and (centered or _concrete(start)):
+    initial_scale = scalar("initial_scale", initial_scale, 0)
+    if options["bias_correction"] and (centered or _concrete(initial_scale)):
         cause = "centered=True" if centered else f"initial_scale={initial_scale}"
         raise ValueError(
-            f"bias_correction cannot be combined with {cause}: it corrects an average that "
-            "is not centered and starts at 0. Drop one of the two."
+            f"bias_correction cannot be combined with {cause}: it corrects an average "
+            "that is not centered and starts at 0. Drop one of the two."
         )
     seen = _concrete(numbers["decay"])
     if centered and seen is not None and seen < np.finfo(np.float32).tiny:
@@ -55,30 +56,46 @@ def hyperparameters(initial_scale, centered, mask, options):
             f"centered requires decay > 0, got {seen:g}: a single gradient has no "
             "variance. Use a decay above 0, about 0.9."
         )
+    if mask is False:
+        raise ValueError(
+            "weight_decay_mask=False applies weight_decay nowhere: drop both. In "
+            "optax.inject_hyperparams, which calls functions, list it in static_args."
+        )
     if mask is not None and "weight_decay" not in numbers:
         raise ValueError(
             "weight_decay_mask says where weight_decay applies, but weight_decay is "
             "None. Pass weight_decay, or drop the mask."
         )
-    return start, numbers, flags
+    return initial_scale, numbers, flags
 
 
-def scalar(name, value, low=-math.inf, high=math.inf, wait=True):
+def flag(name, value):
+    """Check that value is a bool, and return it."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def scalar(name, value, low=-math.inf, high=math.inf, read_arrays=True):
     """Check that value is a finite real scalar in [low, high), and return it.
 
-    Python and NumPy scalars become floats. Without `wait`, a JAX array is not read.
+    Python and NumPy scalars become floats. Reading a JAX array waits for it.
     """
     if not isinstance(
         value, int | float | complex | np.ndarray | np.generic | jax.Array
     ):
-        raise ValueError(f"{name} must be a number or a scalar array, got {value!r}.")
+        or_schedule = ", or a schedule" * (name == "learning_rate")
+        raise ValueError(
+            f"{name} must be a number or a scalar array{or_schedule}, got {value!r}."
+        )
     dtype = jnp.result_type(value)
     if np.shape(value) != () or np.issubdtype(dtype, np.complexfloating):
         raise ValueError(
             f"{name} must be one real number, got {dtype}{list(np.shape(value))}. To "
             "try several values at once, use jax.vmap."
         )
-    seen = _concrete(value) if wait or not isinstance(value, jax.Array) else None
+    read = read_arrays or not isinstance(value, jax.Array)
+    seen = _concrete(value) if read else None
     if seen is not None and not (math.isfinite(seen) and low <= seen < high):
         fix = ""
         if seen == high and dtype.itemsize < 4 and jnp.issubdtype(dtype, np.floating):
@@ -105,19 +122,18 @@ def parameter(path, leaf):
     except TypeError:
         raise ValueError(
             f"params{jax.tree_util.keystr(path)} must be an array, got "
-            f"{type(leaf).__name__}. Exclude parameters that are not trained: filter the "
-            "tree, or use optax.masked."
+            f"{type(leaf).__name__}. Exclude parameters that are not trained: filter "
+            "the tree, or use optax.masked."
         ) from None
 
 
 def state(state, centered, momentum):
     """Raise ValueError if the state was made with other options."""
-    if not (hasattr(state, "nu") and hasattr(state, "trace")):
-        raise ValueError(
-            f"state must be an RMSPropState, got {type(state).__name__}. Pass the "
-            "state that init or the last update returned; convert a state of "
-            "optax.rmsprop with interop.from_optax."
-        )
+    storage.check_state(
+        state,
+        "Pass the state that init or the last update returned; convert a state of "
+        "optax.rmsprop with interop.from_optax.",
+    )
     for name, option, wanted in (
         ("mu", "centered", centered),
         ("trace", "momentum", momentum),
@@ -130,7 +146,7 @@ def state(state, centered, momentum):
             )
 
 
-def leaves(name, values, treedef):
+def flatten_like(name, values, treedef):
     """Flatten a tree, which must have the structure of the parameters."""
     try:
         found = treedef.flatten_up_to(values)
@@ -177,7 +193,7 @@ def is_absent(g):
     )
 
 
-def gradient(g, p, nu, mu, trace, reads_params, treedef, i):
+def gradient(g, p, nu, mu, trace, param_dtype, reads_params, treedef, i):
     """Raise ValueError if gradient leaf i does not match its parameter and state."""
 
     def at():
@@ -189,7 +205,8 @@ def gradient(g, p, nu, mu, trace, reads_params, treedef, i):
     if not jnp.issubdtype(g.dtype, jnp.inexact):
         raise ValueError(
             f"updates{at()} must be floating point or complex, got {g.dtype}. "
-            "Exclude parameters that are not trained, with optax.masked or optax.partition."
+            "Exclude parameters that are not trained: use optax.masked or "
+            "optax.partition."
         )
     if g.shape != nu.shape:
         raise ValueError(
@@ -208,31 +225,40 @@ def gradient(g, p, nu, mu, trace, reads_params, treedef, i):
             f"uint8 codes and a float32 scale for each row, got {found}. Restore a "
             "state into what init returns, and cast it with storage.convert only."
         )
-    for other in (p, mu, trace):
-        if other is not None and jnp.iscomplexobj(other) != jnp.iscomplexobj(g):
+    for dtype in (param_dtype, *(x.dtype for x in (mu, trace) if x is not None)):
+        if dtype is not None and _is_complex(dtype) != _is_complex(g.dtype):
             raise ValueError(
-                f"updates{at()} is {g.dtype}, but its parameter or state is "
-                f"{other.dtype}. Both must be real, or both complex."
+                f"updates{at()} is {g.dtype}, but its parameter or state is {dtype}. "
+                "Both must be real, or both complex."
             )
 
 
 def mask(mask, params, treedef):
     """Expand the weight decay mask to one bool for each leaf."""
 
-    def spread(m, part):
+    def spread(path, m, part):
         if isinstance(m, str) or np.asarray(m).dtype != bool or np.ndim(m):
-            raise ValueError(f"It contains {m!r}.")
+            raise ValueError(
+                f"It has {m!r} at {jax.tree_util.keystr(path) or 'the top'}."
+            )
         return jax.tree.map(lambda _: bool(m), part)
 
     try:
         mask = mask(params) if callable(mask) else mask
-        leaves = treedef.flatten_up_to(jax.tree.map(spread, mask, params))
+        found = jax.tree_util.tree_map_with_path(spread, mask, params)
+        found = treedef.flatten_up_to(found)
     except (TypeError, ValueError) as error:
         raise ValueError(
             "weight_decay_mask must be a tree of bools like params, or a prefix of it. "
             f"{error}"
         ) from None
-    return tuple(x is True for x in leaves)
+    # Where params have a subtree in place of a leaf, which another check refuses, so
+    # does the mask, and a subtree cannot be hashed.
+    return tuple(x is True for x in found)
+
+
+def _is_complex(dtype):
+    return jnp.issubdtype(dtype, jnp.complexfloating)
 
 
 def _path(treedef, i):

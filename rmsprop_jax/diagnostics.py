@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike
 
 from rmsprop_jax import checks, reductions, storage
@@ -46,11 +45,13 @@ def metrics(
       learning_rate: number, or schedule to evaluate for the last step. None omits the
         metrics of the learning rate.
       eps: the `eps` of the optimizer; each preset has its own default.
-      eps_in_sqrt: the `eps_in_sqrt` of the optimizer; False for `presets.torch`.
+      eps_in_sqrt: the `eps_in_sqrt` of the optimizer; False for `presets.torch`, and
+        for `presets.keras_legacy` without momentum.
       per_layer: also return each metric of each leaf, as `metric/path/of/the/leaf`.
 
     Returns:
-      Over all leaves that have a `nu`:
+      Over all leaves that have a `nu`, or, if some of these have no counterpart in
+      `updates` and `params`, over all leaves of each tree:
         step: number of steps taken; int32.
         learning_rate: of the last step.
         update_rms, param_rms: root mean square of the updates and of the parameters.
@@ -118,7 +119,7 @@ def effective_learning_rate(
     """
     state = _find(state)
     learning_rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
-    treedef = storage.treedef(state.nu)
+    treedef = storage.params_treedef(state.nu)
     rates = [
         learning_rate / _denominator(x.astype(jnp.float32), eps, eps_in_sqrt)
         for x in map(storage.decode, storage.leaves(state.nu, treedef))
@@ -154,7 +155,7 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=(5, 6))
 def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer):
-    treedef = storage.treedef(state.nu)
+    treedef = storage.params_treedef(state.nu)
     stored = storage.leaves(state.nu, treedef)
     paths = _by_path(treedef.unflatten([0.0] * len(stored)))
     nu = {k: x for k, x in zip(paths, stored, strict=True) if math.prod(x.shape)}
@@ -202,9 +203,13 @@ def _describe(sums, learning_rate, eps, eps_in_sqrt):
         jnp.sqrt(sums[f"squares_{name}"] / float(sums[f"size_{name}"]))
         for name in ("updates", "params")
     )
-    found = dict(update_rms=update_rms, param_rms=param_rms)
-    found |= dict(update_ratio=update_rms / param_rms)
-    found |= dict(eps_share=sums["below_eps"] / size)
+    found = dict(
+        update_rms=update_rms,
+        param_rms=param_rms,
+        # 0 where parameters that are 0 did not move.
+        update_ratio=jnp.where(update_rms == 0, 0, update_rms / param_rms),
+        eps_share=sums["below_eps"] / size,
+    )
     if learning_rate is not None:
         for name, denominator in (
             ("min", _denominator(sums["highest"], eps, eps_in_sqrt)),
@@ -241,26 +246,11 @@ def _denominator(nu, eps, eps_in_sqrt):
     return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
 
 
-def _count(bins):
-    return jnp.zeros(128, jnp.uint32).at[bins].add(1, mode="drop")
-
-
 @jax.jit
 def _histogram(nu):
-    total = jnp.zeros(128)
-    for stored in storage.leaves(nu, storage.treedef(nu)):
-        v = storage.decode(stored).astype(jnp.float32)
-        exponents = (jax.lax.bitcast_convert_type(v, jnp.uint32) >> 23) & 255
-        # A factor of two in sqrt(nu) is a factor of four in nu, so a bin spans two
-        # exponents. NaN and infinity have exponent 255, which is in no bin.
-        count = _count
-        sharding = jax.typeof(v).sharding
-        if AxisType.Explicit in sharding.mesh.axis_types:
-            # With explicit sharding, JAX does not infer that the counts are replicated.
-            replicated = sharding.update(spec=PartitionSpec())
-            count = jax.sharding.auto_axes(count, out_sharding=replicated)
-        total += count((exponents + 1) >> 1).astype(jnp.float32)
-    return total
+    stored = storage.leaves(nu, storage.params_treedef(nu))
+    counts = [reductions.histogram(storage.decode(x)) for x in stored]
+    return sum(counts, start=jnp.zeros(128))
 
 
 def _find(tree):

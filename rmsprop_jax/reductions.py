@@ -1,10 +1,12 @@
 """Statistics of large arrays in one pass: sums, counts and extrema by name."""
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 EXTREMA = dict(lowest=(jax.lax.min, np.inf), highest=(jax.lax.max, -np.inf))
 SUM = (operator.add, 0)
@@ -45,3 +47,24 @@ def merge(parts):
             merge, _ = EXTREMA.get(name, SUM)
             found[name] = merge(found[name], x) if name in found else x
     return found
+
+
+def histogram(x):
+    """Count elements by magnitude, in 128 bins of a factor of 4; float32 [128].
+
+    Bin n has 2^(2 n - 128) <= x < 2^(2 n - 126), and bin 0 also 0; NaN and infinity are
+    in none.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    # Bins span two exponents; 255 is the exponent of NaN and infinity.
+    bins = (((bits >> 23) & 255) + 1) >> 1
+    count: Any = _count
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:  # JAX does not infer a sharding then.
+        replicated = NamedSharding(mesh, PartitionSpec())
+        count = jax.sharding.auto_axes(_count, out_sharding=replicated)
+    return count(bins).astype(jnp.float32)
+
+
+def _count(bins):
+    return jnp.zeros(128, jnp.uint32).at[bins].add(1, mode="drop")

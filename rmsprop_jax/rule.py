@@ -109,8 +109,8 @@ def step(
         mu = mu + _cast(c, work) * (g - mu)
         square = _abs_sq(g - mu) / decay
     # Bounded, because an infinite nu would never decay again.
-    largest = min(jnp.finfo(real).max, jnp.finfo(output_dtypes[1]).max, key=float)
-    nu = decay * nu + c * jnp.minimum(square, float(largest))
+    largest = float(jnp.finfo(output_dtypes[1]).max)
+    nu = decay * nu + c * jnp.minimum(square, largest)
 
     v = nu
     if bias_correction:
@@ -146,6 +146,13 @@ def at_least_float32(dtype) -> np.dtype:
     if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32:
         return jnp.dtype(dtype)
     return jnp.dtype(jnp.float32)
+
+
+def promote(dtype, other) -> np.dtype:
+    """Return the dtype to which JAX promotes a dtype and another one, or None."""
+    with jax.numpy_dtype_promotion("standard"):
+        promoted = jnp.promote_types(dtype, other or dtype)
+    return jax.dtypes.canonicalize_dtype(promoted)
 
 
 def _cast(x, dtype) -> Any:

@@ -60,6 +60,8 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
       Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter
       Models, 2020, section 5.1.
     """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}.")
     if axis not in mesh.shape:
         raise ValueError(
             f"axis must be one of {list(mesh.shape)}, the axes of the mesh, got "
@@ -70,8 +72,7 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
 
     def place(path, x):
         axes, memory_kind = _placement(x, mesh)
-        if any(axis in names for names in axes):
-            return x.sharding
+        placed = any(axis in names for names in axes)
         rows = x.ndim - 1 if has_codes else x.ndim
         shard = [
             size // math.prod(mesh.shape[name] for name in names)
@@ -79,10 +80,10 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
         ]
         candidates = range(rows if x.dtype == jnp.uint8 else x.ndim)
         divisible = [i for i in candidates if shard[i] % mesh.shape[axis] == 0]
-        if divisible and x.size:
+        if divisible and x.size and not placed:
             best = max(divisible, key=lambda i: (i < rows, shard[i]))
             axes[best] += (axis,)
-        elif x.size > 1:
+        elif x.size > 1 and not placed:
             replicated.append(jax.tree_util.keystr(path))
         return NamedSharding(mesh, PartitionSpec(*axes), memory_kind=memory_kind)
 
@@ -100,7 +101,7 @@ def _placement(x, mesh):
     return axes, memory_kind
 
 
-def full(p, shape, value, dtype, largest=math.inf):
+def full_like(p, shape, value, dtype, largest=math.inf):
     """Create an array filled with `value`, sharded like p along the axes they share.
 
     Args:
@@ -117,7 +118,7 @@ def full(p, shape, value, dtype, largest=math.inf):
     if isinstance(value, Tracer) and isinstance(p, jax.ShapeDtypeStruct):
         p = jnp.zeros(p.shape, p.dtype, device=p.sharding)
     if isinstance(p, Tracer) or isinstance(value, Tracer):
-        return _full_like(p, value, shape, dtype, largest)
+        return _traced_full_like(p, value, shape, dtype, largest)
     sharding = p.sharding
     if isinstance(sharding, NamedSharding) and shape != p.shape:
         spec = zip(sharding.spec, shape, p.shape, strict=False)
@@ -129,7 +130,7 @@ def full(p, shape, value, dtype, largest=math.inf):
             sharding.mesh, PartitionSpec(*spec), memory_kind=memory_kind
         )
     elif not isinstance(sharding, NamedSharding | SingleDeviceSharding | None):
-        return _full_like(p, value, shape, dtype, largest)
+        return _traced_full_like(p, value, shape, dtype, largest)
     # Created on the host: a device would compile a program for each shape.
     constant = np.asarray(min(value, largest)).astype(dtype)
     with jax.transfer_guard("allow"):
@@ -140,7 +141,7 @@ def full(p, shape, value, dtype, largest=math.inf):
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "largest"))
-def _full_like(p, value, shape, dtype, largest):
+def _traced_full_like(p, value, shape, dtype, largest):
     if not shape and p.ndim:
         return jnp.full((), value, dtype)
     # Only values computed from p get its sharding. XLA does not fold a float times 0

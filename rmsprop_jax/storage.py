@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.typing import DTypeLike
 
 from rmsprop_jax import sharding
@@ -66,6 +67,12 @@ class Quantized(NamedTuple):
     def dtype(self):
         """Return the `nu_dtype` of this format."""
         return jnp.dtype(jnp.uint8)
+
+
+# For jax.export of functions of a state.
+export.register_namedtuple_serialization(
+    Quantized, serialized_name="rmsprop_jax.Quantized"
+)
 
 
 def state_dtype(name: str, dtype: DTypeLike | None):
@@ -111,22 +118,22 @@ def worth_quantizing(shape) -> bool:
     return len(shape) > 1 and math.prod(shape) >= 4096 and shape[-1] >= 8
 
 
-def initial(p, value, dtype, storage_dtype):
+def initial(p, value, default_dtype, nu_dtype):
     """Create the stored average of a parameter, with every element equal to `value`.
 
     Args:
       p: parameter, whose shape and sharding the result has.
       value: float or scalar array.
-      dtype: dtype of the average where `storage_dtype` is None.
-      storage_dtype: dtype as `state_dtype` returns it.
+      default_dtype: dtype of the average where `nu_dtype` is None.
+      nu_dtype: result of `state_dtype`.
     """
-    if storage_dtype != jnp.uint8:
-        return sharding.full(p, p.shape, value, storage_dtype or dtype)
+    if nu_dtype != jnp.uint8:
+        return sharding.full_like(p, p.shape, value, nu_dtype or default_dtype)
     if not worth_quantizing(p.shape):
-        values = sharding.full(p, p.shape, value, jnp.float32)
-        return Quantized(values, sharding.full(p, (1,) * p.ndim, 1.0, jnp.float32))
-    scale = sharding.full(p, (*p.shape[:-1], 1), value, jnp.float32, LARGEST)
-    return Quantized(sharding.full(p, p.shape, 254.0, jnp.uint8), scale)
+        values = sharding.full_like(p, p.shape, value, jnp.float32)
+        return Quantized(values, sharding.full_like(p, (1,) * p.ndim, 1.0, jnp.float32))
+    scale = sharding.full_like(p, (*p.shape[:-1], 1), value, jnp.float32, LARGEST)
+    return Quantized(sharding.full_like(p, p.shape, 254.0, jnp.uint8), scale)
 
 
 def encode_nearest(x, dtype):
@@ -140,7 +147,7 @@ def encode_nearest(x, dtype):
         return x.astype(dtype)
     x = x.astype(jnp.float32)
     if not worth_quantizing(x.shape):
-        return Quantized(x, sharding.full(x, (1,) * x.ndim, 1.0, jnp.float32))
+        return Quantized(x, sharding.full_like(x, (1,) * x.ndim, 1.0, jnp.float32))
     return _quantize(x, 0.5)
 
 
@@ -232,11 +239,7 @@ def convert(
     References:
       The formats: `rmsprop_jax.storage`.
     """
-    if not (hasattr(state, "nu") and hasattr(state, "trace")):
-        raise ValueError(
-            f"state must be an RMSPropState, got {type(state).__name__}. In the state "
-            "of a chain, it is one of the elements."
-        )
+    check_state(state, "In the state of a chain, it is one of the elements.")
     return _convert(
         state,
         state_dtype("nu_dtype", nu_dtype),
@@ -249,9 +252,9 @@ def _convert(state, nu_dtype, momentum_dtype):
     def change(buffer, dtype):
         if buffer is None:
             return None
-        tree = treedef(buffer)
-        arrays = [encode_nearest(decode(x), dtype) for x in leaves(buffer, tree)]
-        return unflatten(tree, arrays, dtype == jnp.uint8)
+        treedef = params_treedef(buffer)
+        arrays = [encode_nearest(decode(x), dtype) for x in leaves(buffer, treedef)]
+        return unflatten(treedef, arrays, dtype == jnp.uint8)
 
     return state._replace(
         nu=change(state.nu, nu_dtype),
@@ -260,7 +263,18 @@ def _convert(state, nu_dtype, momentum_dtype):
     )
 
 
-def treedef(buffer):
+def check_state(state, fix):
+    """Raise ValueError if this is no RMSPropState, which is defined after this module.
+
+    A copy of one that a serialization library made is enough.
+    """
+    if not (hasattr(state, "nu") and hasattr(state, "trace")):
+        raise ValueError(
+            f"state must be an RMSPropState, got {type(state).__name__}. {fix}"
+        )
+
+
+def params_treedef(buffer):
     """Return the treedef of the parameters that a buffer belongs to."""
     return jax.tree.structure(buffer.codes if isinstance(buffer, Quantized) else buffer)
 

@@ -36,6 +36,12 @@ class RMSPropState(NamedTuple):
     trace: PyTree | None
 
 
+# For jax.export of functions of a state.
+export.register_namedtuple_serialization(
+    RMSPropState, serialized_name="rmsprop_jax.RMSPropState"
+)
+
+
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -58,7 +64,7 @@ def rmsprop(
 
     The positional arguments are those of `optax.rmsprop`, with the same order and
     defaults; the keyword-only ones are additions. Numbers may be traced scalars,
-    including under `jax.vmap`; None means off.
+    including under `jax.vmap`. None turns `momentum`, `l2` or `weight_decay` off.
 
     Args:
       learning_rate: step size, or a schedule that maps the number of steps taken to it.
@@ -79,17 +85,19 @@ def rmsprop(
       weight_decay: adds -learning_rate * weight_decay * params to the update, outside
         the momentum buffer (Keras, AdamW).
       weight_decay_mask: pytree of bools like params, a prefix of it, or a function from
-        params to one; `weight_decay` applies where it is True.
+        params to one; `weight_decay` applies where it is True. In
+        `optax.inject_hyperparams`, list it in `static_args`.
       nu_dtype: storage dtype of `nu`: float32, float64, bfloat16, or uint8 (`nu` is
         then a `storage.Quantized`). None means the parameter's dtype, but at least
         float32. An update keeps the format of its state; `storage.convert` changes it.
-      momentum_dtype: the same for `mu` and `trace`, without uint8; complex where the
-        parameter is.
+      momentum_dtype: storage dtype of `mu` and `trace`, as above but not uint8; they
+        are complex where the parameter is.
 
     Returns:
       A gradient transformation whose state is an `RMSPropState`. Updates have the
       promoted dtype of gradients and parameters, or that of the gradients if
-      `update` is called without `params`; `l2` and `weight_decay` need them.
+      `update` is called without `params`, which `l2` and `weight_decay` need. Where a
+      gradient is None, `optax.MaskedNode` or float0, it is the update.
 
     Raises:
       ValueError: here, if a hyperparameter is outside its domain or options contradict
@@ -189,9 +197,8 @@ def _transformation(
     *, initial_scale, centered, mask=None, nu_dtype, momentum_dtype, **options
 ):
     """Build the gradient transformation; `options` are those of `rule.step`."""
-    initial_scale, numbers, flags = checks.hyperparameters(
-        initial_scale, bool(centered), mask, options
-    )
+    found = checks.hyperparameters(initial_scale, centered, mask, options)
+    initial_scale, numbers, flags = found
     nu_dtype = storage.state_dtype("nu_dtype", nu_dtype)
     momentum_dtype = storage.state_dtype("momentum_dtype", momentum_dtype)
     has_trace = "momentum" in numbers
@@ -202,18 +209,18 @@ def _transformation(
         leaves, treedef = jax.tree.flatten(params)
 
         def nu(p):
-            dtype = jnp.finfo(rule.at_least_float32(nu_dtype or p.dtype)).dtype
+            dtype = jnp.finfo(rule.at_least_float32(p.dtype)).dtype
             return storage.initial(p, initial_scale, dtype, nu_dtype)
 
         def zeros(p):
             dtype = momentum_dtype or rule.at_least_float32(p.dtype)
             if jnp.issubdtype(p.dtype, jnp.complexfloating):
                 dtype = np.promote_types(rule.at_least_float32(dtype), jnp.complex64)
-            return sharding.full(p, p.shape, 0.0, dtype)
+            return sharding.full_like(p, p.shape, 0.0, dtype)
 
         first = leaves[0] if leaves else jax.ShapeDtypeStruct((), jnp.float32)
         return RMSPropState(
-            count=sharding.full(first, (), 0.0, jnp.int32),
+            count=sharding.full_like(first, (), 0.0, jnp.int32),
             nu=storage.unflatten(treedef, [*map(nu, leaves)], nu_dtype == jnp.uint8),
             mu=jax.tree.map(zeros, params) if centered else None,
             trace=jax.tree.map(zeros, params) if has_trace else None,
@@ -224,31 +231,31 @@ def _transformation(
         checks.state(state, centered, has_trace)
         if reads_params and params is None:
             raise ValueError(
-                f"{' and '.join(reads_params)} need params: call "
+                f"params are needed for {' and '.join(reads_params)}: call "
                 "update(updates, state, params)."
             )
-        treedef = storage.treedef(state.nu)
+        treedef = storage.params_treedef(state.nu)
         scalars = dict(numbers)
         if callable(scalars.get("lr")):
             lr = scalars["lr"](state.count)
-            scalars["lr"] = checks.scalar("learning_rate(count)", lr, wait=False)
+            scalars["lr"] = checks.scalar("learning_rate(count)", lr, read_arrays=False)
         # Inside another trace, a nested jit would only cost time.
-        update = _update if isinstance(state.count, Tracer) else _compiled_update
+        run = _update if isinstance(state.count, Tracer) else _compiled_update
         param_dtypes = checks.param_dtypes(params, treedef)
         decayed = None if mask is None else checks.mask(mask, params, treedef)
-        params = params if reads_params else None
-        return update(updates, state, params, scalars, flags, param_dtypes, decayed)
+        static = dict(flags=flags, param_dtypes=param_dtypes, decayed=decayed)
+        return run(updates, state, params if reads_params else None, scalars, **static)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _update(updates, state, params, scalars, flags, param_dtypes, decayed):
+def _update(updates, state, params, scalars, *, flags, param_dtypes, decayed):
     """Update the whole tree; trees, shapes and dtypes are checked while tracing."""
-    treedef = storage.treedef(state.nu)
+    treedef = storage.params_treedef(state.nu)
     none = [None] * treedef.num_leaves
     leaves = zip(
-        checks.leaves("updates", updates, treedef),
-        none if params is None else checks.leaves("params", params, treedef),
+        checks.flatten_like("updates", updates, treedef),
+        none if params is None else checks.flatten_like("params", params, treedef),
         *(none if x is None else storage.leaves(x, treedef) for x in state[1:]),
         param_dtypes or none,
         decayed or [True] * treedef.num_leaves,
@@ -261,40 +268,33 @@ def _update(updates, state, params, scalars, flags, param_dtypes, decayed):
     new = []
     for i, (g, p, nu, mu, trace, param_dtype, is_decayed) in enumerate(leaves):
         if not checks.is_absent(g):
-            checks.gradient(g, p, nu, mu, trace, params is not None, treedef, i)
-            with jax.numpy_dtype_promotion("standard"):
-                dtype = jnp.promote_types(g.dtype, param_dtype or g.dtype)
-            dtype = jax.dtypes.canonicalize_dtype(dtype)
-            options = (*static, ("update_dtype", dtype))
+            has_params = params is not None
+            checks.gradient(g, p, nu, mu, trace, param_dtype, has_params, treedef, i)
+            options = (*static, ("update_dtype", rule.promote(g.dtype, param_dtype)))
             g, nu, mu, trace = _leaf(
-                *(g, p, nu, mu, trace, count, arrays, options, is_decayed)
+                g, p, nu, mu, trace, count, arrays, options=options, decayed=is_decayed
             )
         new.append((g, nu, mu, trace))
-    updates, *buffers = ([leaf[k] for leaf in new] for k in range(4))
-    buffers = [
-        old
-        if old is None
-        else storage.unflatten(treedef, x, isinstance(old, storage.Quantized))
-        for old, x in zip(state[1:], buffers, strict=True)
-    ]
-    return treedef.unflatten(updates), RMSPropState(count, *buffers)
+    updates, nu, mu, trace = ([leaf[k] for leaf in new] for k in range(4))
+    return treedef.unflatten(updates), RMSPropState(
+        count=count,
+        nu=storage.unflatten(treedef, nu, isinstance(state.nu, storage.Quantized)),
+        mu=None if state.mu is None else treedef.unflatten(mu),
+        trace=None if state.trace is None else treedef.unflatten(trace),
+    )
 
 
 # At module level, so that an optimizer created anew at every step compiles once.
-_compiled_update = jax.jit(_update, static_argnums=(4, 5, 6))
+_compiled_update = jax.jit(
+    _update, static_argnames=["flags", "param_dtypes", "decayed"]
+)
 
 
 # Jitted separately, so that leaves of the same shape and dtype are traced once.
-@functools.partial(jax.jit, static_argnums=(7, 8))
-def _leaf(g, p, nu, mu, trace, t, arrays, options, is_decayed):
-    options = arrays | dict(options) | ({} if is_decayed else {"weight_decay": None})
+@functools.partial(jax.jit, static_argnames=("options", "decayed"))
+def _leaf(g, p, nu, mu, trace, t, arrays, *, options, decayed):
+    options = arrays | dict(options) | ({} if decayed else {"weight_decay": None})
     stored = (nu, mu, trace)
     nu, mu, trace = map(storage.decode, stored)
     update, *new = rule.step(g, p, nu, mu, trace, t, **options)
     return update, *map(storage.encode_dithered, new, stored, 3 * [t])
-
-
-for kind in (RMSPropState, storage.Quantized):
-    export.register_namedtuple_serialization(
-        kind, serialized_name=f"rmsprop_jax.{kind.__name__}"
-    )

@@ -1,5 +1,7 @@
 """Every error names the argument or leaf, what came, what was allowed, and the fix."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ def test_hyperparameters_outside_their_domain_are_refused(name):
 def test_only_real_scalars_are_accepted(name):
     off = name in ("momentum", "l2", "weight_decay")
     for value in ("0.1", [0.1], *([] if off else [None])):
-        with refusal(f"{name} must be a number or a scalar array, got {value!r}."):
+        with refusal(f"{name} must be a number or a scalar array", f"got {value!r}."):
             build(**{name: value})
     for value in (1j, jnp.complex64(1j), np.ones(1), jnp.ones((0, 1))):
         shown = f"{jnp.result_type(value)}{list(np.shape(value))}"
@@ -69,10 +71,18 @@ def test_contradictions_are_refused(factory):
         factory(bias_correction=True, centered=True)
     with refusal("bias_correction", "initial_scale=1.0", "Drop one"):
         factory(bias_correction=True, initial_scale=1.0)
+    with refusal("centered must be True or False, got 0.9."):
+        factory(centered=0.9)
+    with refusal("bias_correction must be True or False, got None."):
+        factory(bias_correction=None)
     with refusal("centered requires decay > 0, got 0", "decay above 0"):
         factory(centered=True, decay=0)
+    with refusal("centered requires decay > 0, got 1e-40"):
+        factory(centered=True, decay=1e-40)
     with refusal("weight_decay_mask", "weight_decay is None", "Pass weight_decay"):
         build(weight_decay_mask=True)
+    with refusal("weight_decay_mask=False", "list it in static_args"):
+        build(weight_decay=0.1, weight_decay_mask=False)
 
 
 @pytest.mark.parametrize("name", ["nu_dtype", "momentum_dtype"])
@@ -100,7 +110,7 @@ WRONG = {
     "missing": (dict(w=1.0, z=1j), " must have the tree structure", "extra: nothing"),
     "extra": (tree(c=1.0), " must have the", "missing: nothing; extra: ['c']"),
     "list": ([1.0], " must", "missing: ['deep'][0], ['w'], ['z']; extra: [0]"),
-    "tuple": (tree(deep=(1.0,)), " must", "container types differ", "Expected list, got"),
+    "tuple": (tree(deep=(1.0,)), " must", "types differ", "Expected list, got"),
     "deeper": (tree(w=dict(v=1.0)), "['w'] must be an array, got dict"),
     "column": (tree(deep=[COLUMN]), "['deep'][0] must have shape (3,)", "got (3, 1)"),
     "scalar": (tree(deep=[1.0]), "['deep'][0] must have shape (3,)", "got ()"),
@@ -112,7 +122,7 @@ WRONG_UPDATES = WRONG | {
     "broadcast": (tree(deep=[jnp.ones(1)]), "not broadcast. Reshape one of the two"),
 }
 WRONG_PARAMS = WRONG | {
-    "none": (None, "need params", "update(updates, state, params)"),
+    "none": (None, "are needed for", "update(updates, state, params)"),
     "leaf_none": (tree(w=None), "['w'] must be an array, got NoneType"),
     "masked": (tree(w=optax.MaskedNode()), "['w']", "got MaskedNode"),
 }
@@ -122,7 +132,7 @@ WRONG_PARAMS = WRONG | {
 def test_gradients_unlike_the_parameters_are_refused(case):
     updates, *words = case
     # Each with another array to which real or complex gradients are compared.
-    for options in (dict(centered=True), dict(momentum=0.9), dict(l2=0.1)):
+    for options in (dict(centered=True), dict(momentum=0.9), {}):
         refuse(options, "updates", *words, updates=updates)
 
 
@@ -130,8 +140,7 @@ def test_gradients_unlike_the_parameters_are_refused(case):
 def test_params_of_another_structure_or_shape_are_refused(case):
     params, *words = case
     for name in ("l2", "weight_decay"):
-        start = name if params is None else "params"
-        refuse({name: 0.1}, start, *words, params=params)
+        refuse({name: 0.1}, "params", *words, params=params)
     with refusal("params['w'] must be an array, got str", "optax.masked"):
         build().init(dict(w="weights"))
 
@@ -160,6 +169,17 @@ MASKS = {
 def test_a_mask_unlike_the_params_is_refused(mask):
     options = dict(weight_decay=0.1, weight_decay_mask=mask)
     refuse(options, "weight_decay_mask must be a tree of bools", "prefix")
+
+
+def test_a_wrong_leaf_of_a_mask_or_of_params_beside_one_is_named():
+    decay = partial(dict, weight_decay=0.1)
+    mask = dict(w=True, deep=[1], z=True)
+    refuse(
+        decay(weight_decay_mask=mask), "weight_decay_mask", "It has 1 at ['deep'][0]."
+    )
+    everywhere = lambda params: jax.tree.map(lambda _: True, params)  # noqa: E731
+    words, params = "params['w'] must be an array, got dict", tree(w=dict(v=1.0))
+    refuse(decay(weight_decay_mask=everywhere), words, params=params)
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -266,6 +266,12 @@ def test_the_histogram_equals_that_of_numpy(options):
     assert counts.dtype == jnp.float32 and edges[0] == 0 and counts[0] >= 3
 
 
+def test_parameters_of_zero_that_did_not_move_have_a_ratio_of_zero():
+    params = jnp.zeros(3)
+    state = rmsprop(0.1).init(params)
+    assert diagnostics.metrics(params, state, params)["update_ratio"] == 0
+
+
 def test_each_number_of_a_large_leaf_is_read_in_few_passes():
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     state = jax.eval_shape(rmsprop(0.1).init, x)

@@ -47,7 +47,7 @@ CALLS = [
     (partial(presets.torch, 0.1, 0.2, 0.3, 0.4, 0.5, True), ALL | L2 | TORCH),
     (partial(presets.tf1, 0.1), dict(learning_rate=0.1, eps=1e-10) | TF1),
     (partial(presets.tf1, 0.1, 0.2, 0.5, 0.3, centered=True), ALL | TF1),
-    (presets.keras, dict(learning_rate=0.001, eps=1e-7)),
+    (partial(presets.keras, **MASK), dict(learning_rate=0.001, eps=1e-7)),
     (
         partial(presets.keras, 0.1, 0.2, 0.5, 0.3, True, 0.4, **MASK),
         ALL | DECOUPLED | MASK,

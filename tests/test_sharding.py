@@ -114,7 +114,7 @@ def test_zero_extends_what_is_sharded_already():
     cases = dict(
         model=(array("model"), after),
         host=(array("model", **host), after),
-        there=(array("data", **host), P("data")),
+        there=(array("data", **host), P("data", None)),
         columns=(array(None, "model", shape=(8, 16)), P("data", "model")),
         elsewhere=(array("data", mesh=mesh_of(8)), P("data", None)),
         empty=(jax.ShapeDtypeStruct((0, 2), jnp.float32), P(None, None)),
@@ -123,6 +123,7 @@ def test_zero_extends_what_is_sharded_already():
     state, expected = ({k: pair[i] for k, pair in cases.items()} for i in (0, 1))
     where, whole = sharding.zero(state, mesh, "data")
     assert {k: x.spec for k, x in where.items()} == expected
+    assert all(x.mesh == mesh for x in where.values())
     assert {where[k].memory_kind for k in ("host", "there")} == {*host.values()}
     assert whole == ["['odd']"]
     for rows, spec in ((64, after), (4, P("model", None))):

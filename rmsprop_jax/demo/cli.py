@@ -24,6 +24,7 @@ def parse(arguments):
     """Parse the command line; return all arguments, and the options of `Config`."""
     # Without the usage message, an error takes only one line.
     parser = argparse.ArgumentParser(
+        prog="python -m rmsprop_jax",
         usage=argparse.SUPPRESS,
         description="Train a GRU to read handwritten digits. Ctrl-C saves and stops.",
     )
@@ -32,7 +33,7 @@ def parse(arguments):
         kind, *_ = typing.get_args(field.type) or [field.type]
         how: typing.Any = {"action": "store_true"} if kind is bool else {"type": kind}
         help = field.metadata["help"] + (
-            f"; default {field.default}" * bool(field.default)
+            f"; default {field.default}" * (field.default not in (None, False))
         )
         name = "--" + field.name.replace("_", "-")
         add(name, default=argparse.SUPPRESS, help=help, **how)
@@ -73,10 +74,10 @@ def configure(args, options):
     """Return the folder and the config of a new or resumed run, and save the config."""
     out, saved = args.out, {}
     if out is None and args.resume:
-        configs = Path("runs").glob("*/config.json")
-        out = max(
-            configs, key=os.path.getmtime, default=Path("runs/config.json")
-        ).parent
+        configs = [*Path("runs").glob("*/config.json")]
+        if not configs:
+            raise ValueError("there is no run in runs/ to resume. Pass its --out.")
+        out = max(configs, key=os.path.getmtime).parent
     out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     path = out / "config.json"
     if args.resume:
@@ -93,6 +94,8 @@ def configure(args, options):
                 f"{changed[0]} is {saved[changed[0]]} in {path}; only --epochs can "
                 "change when a run is resumed."
             )
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder.")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty. Use --resume or another --out.")
     config = Config(**saved | options)
@@ -158,17 +161,6 @@ def stop_on_interrupt():
     return stop
 
 
-def set_up(arguments):
-    """Return the arguments, the folder and the config of a run; exit on an error."""
-    args, options = parse(arguments)
-    try:
-        Config(**options)
-        connect(args)
-        return args, *agree(args, options)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-
-
 def main(arguments=None):
     """Run the command line and return the exit status."""
     try:
@@ -183,11 +175,17 @@ def run(arguments):
     """Train as the command line says and return the exit status."""
     # Before there is anything to save, Ctrl-C exits without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    args, out, config = set_up(arguments)
+    args, options = parse(arguments)
     try:
+        Config(**options)
         from rmsprop_jax.demo import report, train
+
+        connect(args)
+        out, config = agree(args, options)
     except ImportError as error:
         raise SystemExit(f"error: {error}. Run: pip install '.[demo]'") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
     stop = stop_on_interrupt()
     first = jax.process_index() == 0
     if first:

@@ -22,7 +22,7 @@ COMPLEX = (
 FIXES = dict(float16=HALF, bfloat16=HALF, complex64=COMPLEX, complex128=COMPLEX)
 
 
-def check_entries(mapping, at, names, fix="", exact=False):
+def check_entries(mapping, at, names, fix, exact=False):
     """Raise ValueError if a mapping lacks entries or, if `exact`, has others."""
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}. {fix}")

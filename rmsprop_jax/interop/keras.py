@@ -58,7 +58,7 @@ def from_keras(
       Keras 3.15, keras/src/optimizers/rmsprop.py and base_optimizer.py: iteration,
       learning_rate unless scheduled, then velocity, momentum and average_gradient.
     """
-    arrange.check_entries(config, "config", REQUIRED)
+    arrange.check_entries(config, "config", REQUIRED, "Pass optimizer.get_config().")
     for name in UNSUPPORTED:
         if config.get(name):
             raise ValueError(
@@ -82,7 +82,7 @@ def from_keras(
         )
     if isinstance(variables, Mapping):
         keys = [str(i) for i in range(len(variables))]
-        arrange.check_entries(variables, "variables", keys)
+        arrange.check_entries(variables, "variables", keys, "Pass all of them.")
         variables = [variables[key] for key in keys]
     buffers = {field: {} for field in names}
     for i, x in enumerate(variables[len(head) :]):

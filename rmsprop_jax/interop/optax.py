@@ -23,7 +23,8 @@ def from_optax(opt_state: Any, *, count: int = 0) -> Any:
 
     Args:
       opt_state: state of `optax.rmsprop`, or of a chain or wrapper that contains it.
-      count: number of steps taken, used if the state has no count (no schedule).
+      count: number of steps taken, used if the state has none (neither a
+        schedule nor `bias_correction`).
 
     Returns:
       The same state, with an RMSPropState in place of each state of `optax.rmsprop`,
@@ -94,7 +95,7 @@ def _flatten(name, tree):
     if not any(_is_rmsprop(x) for _, x in leaves):
         raise ValueError(
             f"{name} must contain a state of optax.rmsprop, got {treedef}. Restore a "
-            "checkpoint into the result of Optax's init."
+            "checkpoint into the result of Optax's init; an RMSPropState is converted."
         )
     return leaves, treedef
 

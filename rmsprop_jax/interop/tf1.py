@@ -41,17 +41,19 @@ def from_tf1(
     References:
       TensorFlow 2.21, tensorflow/python/training/rmsprop.py.
     """
-    arrange.check_entries(slots, "slots", ["rms"])
+    arrange.check_entries(slots, "slots", ["rms"], "It is the slot that holds nu.")
     options = dict(centered="mg" in slots, momentum="momentum" in slots)
     names = arrange.buffer_names(NAMES, options)
-    arrange.check_entries(slots, "slots", [*names.values()], "Remove others.", exact=True)
+    arrange.check_entries(
+        slots, "slots", [*names.values()], "Remove others.", exact=True
+    )
     lists = {name: slots[name] for name in names.values()}
     sizes = {k: len(x) for k, x in lists.items() if isinstance(x, list | tuple)}
     if len(sizes) < len(lists) or len({*sizes.values()}) > 1:
         found = {k: sizes.get(k, type(x).__name__) for k, x in lists.items()}
         raise ValueError(
-            f"slots must have lists with an array for each variable, got {found} (their "
-            "lengths or types)."
+            f"slots must have lists with an array for each variable, got "
+            f"{found} (lengths or types)."
         )
     buffers = {
         field: {f"slots[{name!r}][{i}]": x for i, x in enumerate(lists[name])}

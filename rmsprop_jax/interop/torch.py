@@ -61,15 +61,18 @@ def from_torch(
     References:
       PyTorch 2.13, torch/optim/rmsprop.py.
     """
-    arrange.check_entries(state_dict, "state_dict", ["state", "param_groups"])
+    fix = "Pass optimizer.state_dict()."
+    arrange.check_entries(state_dict, "state_dict", ["state", "param_groups"], fix)
     rows, groups = state_dict["state"], state_dict["param_groups"]
     if not any("params" in group and group["params"] for group in groups):
         raise ValueError("state_dict['param_groups'] must have params, got none.")
-    preset = _preset({name for group in groups for name in group}, preset)
+    preset = _choose_preset({name for group in groups for name in group}, preset)
     hyperparameters = _hyperparameters(groups, lr, preset)
     labels = {i: f"state_dict['state'][{i!r}]" for x in groups for i in x["params"]}
-    fix = "For one that never has a gradient, remove it from params, and arrange "
-    fix += "optax.MaskedNode() in its place."
+    fix = "PyTorch creates it in the first step. For a parameter that never has a "
+    fix += (
+        "gradient, remove it from params, and arrange optax.MaskedNode() in its place."
+    )
     arrange.check_entries(rows, "state_dict['state']", labels, fix, exact=True)
     names = arrange.buffer_names(NAMES, hyperparameters)
     fix = "They must match centered and momentum of the parameter group."
@@ -79,7 +82,9 @@ def from_torch(
         field: {f"{at}[{name!r}]": rows[i][name] for i, at in labels.items()}
         for field, name in names.items()
     }
-    steps = (arrange.step_count(f"{x}['step']", rows[i]["step"]) for i, x in labels.items())
+    steps = (
+        arrange.step_count(f"{x}['step']", rows[i]["step"]) for i, x in labels.items()
+    )
     return preset(**hyperparameters), arrange.to_state(max(steps), buffers, to_params)
 
 
@@ -129,12 +134,13 @@ def to_torch(
         raise ValueError(
             f"lr must be a number, got {lr}. Call a schedule with the state's count."
         )
-    known, kept = inspect.signature(preset).parameters, {*EXECUTION}
-    if "params" in hyperparameters:
-        _preset({*hyperparameters}, preset)
+    known, verbatim = inspect.signature(preset).parameters, {*EXECUTION}
+    if "params" in hyperparameters:  # All entries of a parameter group.
+        _choose_preset({*hyperparameters}, preset)
         _check_enabled("**hyperparameters", hyperparameters, preset)
-        kept = {*hyperparameters}
-    options = {k: x for k, x in hyperparameters.items() if k in known or k not in kept}
+        verbatim = {*hyperparameters}
+    unknown = verbatim - {*known}
+    options = {k: x for k, x in hyperparameters.items() if k not in unknown}
     call = inspect.signature(preset).bind(**options)
     call.apply_defaults()
     group, lists = _to_floats(call.arguments), arrange.from_state(state, from_params)
@@ -148,11 +154,11 @@ def to_torch(
         i: {"step": float(state.count)} | {names[k]: x[i] for k, x in lists.items()}
         for i in range(len(lists["nu"]))
     }
-    group |= {k: x for k, x in hyperparameters.items() if k in kept}
+    group |= {k: x for k, x in hyperparameters.items() if k in verbatim}
     return {"state": rows, "param_groups": [group | {"params": list(rows)}]}
 
 
-def _preset(entries, preset) -> Preset:
+def _choose_preset(entries, preset) -> Preset:
     """Choose the preset that matches the entries of parameter groups."""
     known = presets.torch if "maximize" in entries else preset
     known = presets.timm if "lr_in_momentum" in entries else known
@@ -171,7 +177,7 @@ def _hyperparameters(groups, lr, preset):
     known = set(inspect.signature(preset).parameters)
     for k, group in enumerate(groups):
         at = f"param_groups[{k}]"
-        arrange.check_entries(group, at, REQUIRED)
+        arrange.check_entries(group, at, REQUIRED, "Pass optimizer.state_dict().")
         _check_enabled(at, group, preset)
         if "base_momentum" in group:
             raise ValueError(

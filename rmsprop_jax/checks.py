@@ -222,8 +222,9 @@ def gradient(g, p, nu, mu, trace, param_dtype, reads_params, treedef, i):
         found = ", ".join(f"{k} {x.dtype}{list(x.shape)}".strip() for k, x in arrays)
         raise ValueError(
             f"state.nu{at()} must be float32, float64, bfloat16, or a Quantized of "
-            f"uint8 codes and a float32 scale for each row, got {found}. Restore a "
-            "state into what init returns, and cast it with storage.convert only."
+            f"uint8 codes and a bfloat16 scale for each row, got {found}. Restore a "
+            "state into what init returns, and cast it with storage.convert only. It "
+            "also reads the float32 scales of version 0.1."
         )
     for dtype in (param_dtype, *(x.dtype for x in (mu, trace) if x is not None)):
         if dtype is not None and _is_complex(dtype) != _is_complex(g.dtype):

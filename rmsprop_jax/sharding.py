@@ -101,18 +101,17 @@ def _placement(x, mesh):
     return axes, memory_kind
 
 
-def full_like(p, shape, value, dtype, largest=math.inf):
+def full_like(p, shape, value, dtype):
     """Create an array filled with `value`, sharded like p along the axes they share.
 
     Args:
       p: array, tracer or ShapeDtypeStruct.
       shape: shape of p, with some axes reduced to 1 if desired; or ().
-      value: float or scalar array.
+      value: float or scalar array; limited to the largest number of `dtype`.
       dtype: dtype of the result.
-      largest: upper bound on `value`, besides the largest number of `dtype`.
     """
-    if jnp.issubdtype(dtype, jnp.inexact):
-        largest = min(largest, float(jnp.finfo(dtype).max))
+    floating = jnp.issubdtype(dtype, jnp.inexact)
+    largest = float(jnp.finfo(dtype).max) if floating else math.inf
     if isinstance(value, jax.Array) and not isinstance(value, Tracer):
         value = float(value)
     if isinstance(value, Tracer) and isinstance(p, jax.ShapeDtypeStruct):

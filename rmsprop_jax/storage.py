@@ -8,21 +8,12 @@ float32, float64:
     stored unchanged
 
 bfloat16, at step t:
-    the upper 16 of the 32 bits of x + (t * 0x9E3779B9 mod 2^32) / 2^16
+    the upper 16 of the 32 bits of x + the offset of the step, below 2^16
   Rounded to nearest, an average would freeze once a step changes it by under 1/512.
   The offset is the same for all elements, and is evenly distributed over the steps.
 
-uint8, for x >= 0, with one scale for each row (the last axis):
-    scale = max(x)
-    code  = 254 * (x / scale)^(1/16), rounded down or up; 255 means NaN
-    x     = scale * (code / 254)^16
-  Adjacent codes are 6 % apart near the scale and 40 % at 2^-42 of it. x is rounded up
-  if its distance from the lower code, as a fraction of the gap, exceeds the offset of
-  the step: stored averages are then correct on average over steps. Rounded to nearest,
-  the elements of a row could not move apart again.
-
-After one huge gradient, a row has less resolution until its largest average has
-decayed.
+uint8:
+    one code per element and one scale per row: `rmsprop_jax.codes`
 """
 
 import functools
@@ -35,13 +26,11 @@ import numpy as np
 from jax import export
 from jax.typing import DTypeLike
 
-from rmsprop_jax import sharding
+from rmsprop_jax import codes, sharding
 
 __all__ = ["Quantized", "convert"]
 
 PyTree = Any
-# The largest scale, chosen so that its reciprocal is also a normal number.
-LARGEST = 2.0**126
 
 
 class Quantized(NamedTuple):
@@ -51,8 +40,8 @@ class Quantized(NamedTuple):
       codes: uint8, like params. Arrays that would gain little (fewer than 4,096
         elements, fewer than two axes, or rows of fewer than 8) hold float32 values
         instead of codes.
-      scale: maximum of each row; float32, like codes with a last axis of size 1. If
-        `codes` holds values, it has one unused element.
+      scale: scales of each row, for this step and the next; bfloat16, like codes with a
+        last axis of size 1. If `codes` holds values, it has one unused element.
     """
 
     codes: PyTree
@@ -105,12 +94,12 @@ def is_supported(stored) -> bool:
         floating = jnp.issubdtype(stored.dtype, jnp.inexact)
         wide = floating and jnp.finfo(stored.dtype).bits >= 32
         return wide or stored.dtype == jnp.bfloat16
-    codes, scale = stored
-    if codes.dtype == jnp.uint8:
-        fits = scale.shape == (*codes.shape[:-1], 1)
+    kind, scale = stored.codes.dtype, stored.scale
+    if kind == jnp.uint8:
+        fits = scale.shape == (*stored.shape[:-1], 1)
     else:
-        fits = codes.dtype == jnp.float32 and scale.size == 1
-    return fits and scale.dtype == jnp.float32
+        fits = kind == jnp.float32 and scale.size == 1
+    return fits and scale.dtype == jnp.bfloat16
 
 
 def worth_quantizing(shape) -> bool:
@@ -131,9 +120,13 @@ def initial(p, value, default_dtype, nu_dtype):
         return sharding.full_like(p, p.shape, value, nu_dtype or default_dtype)
     if not worth_quantizing(p.shape):
         values = sharding.full_like(p, p.shape, value, jnp.float32)
-        return Quantized(values, sharding.full_like(p, (1,) * p.ndim, 1.0, jnp.float32))
-    scale = sharding.full_like(p, (*p.shape[:-1], 1), value, jnp.float32, LARGEST)
-    return Quantized(sharding.full_like(p, p.shape, 254.0, jnp.uint8), scale)
+        return Quantized(
+            values, sharding.full_like(p, (1,) * p.ndim, 1.0, jnp.bfloat16)
+        )
+    with jax.transfer_guard("allow"):
+        code, scale = codes.encode_scalar(value)
+    scale = sharding.full_like(p, (*p.shape[:-1], 1), scale, jnp.bfloat16)
+    return Quantized(sharding.full_like(p, p.shape, code, jnp.uint8), scale)
 
 
 def encode_nearest(x, dtype):
@@ -147,8 +140,8 @@ def encode_nearest(x, dtype):
         return x.astype(dtype)
     x = x.astype(jnp.float32)
     if not worth_quantizing(x.shape):
-        return Quantized(x, sharding.full_like(x, (1,) * x.ndim, 1.0, jnp.float32))
-    return _quantize(x, 0.5)
+        return Quantized(x, sharding.full_like(x, (1,) * x.ndim, 1.0, jnp.bfloat16))
+    return Quantized(*codes.encode_nearest(x))
 
 
 def encode_dithered(x, old, t):
@@ -159,50 +152,43 @@ def encode_dithered(x, old, t):
       old: array or Quantized of arrays; None if x is None.
       t: number of this step; int32 [].
     """
-    offset = t.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
     if isinstance(old, Quantized):
         if old.codes.dtype != jnp.uint8:
             return Quantized(x, old.scale)
-        return _quantize(x, (offset >> 8).astype(jnp.float32) * 2.0**-24)
+        return Quantized(*codes.encode_dithered(x, old.scale, _dither(t)))
     if old is None or old.dtype != jnp.bfloat16:
         return x
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # The largest number, infinity and NaN cannot be rounded up.
     last = bits & 0x7FFF0000 >= 0x7F7F0000
-    bits = jnp.where(last, bits, bits + (offset >> 16)) & jnp.uint32(0xFFFF0000)
+    bits = jnp.where(last, bits, bits + (_dither(t) >> 16)) & jnp.uint32(0xFFFF0000)
     # The cast is exact. A shift to 16 bits would split the kernel on TPU.
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def _dither(t):
+    """Return the rounding offset of step t, as a fraction of 2^32; uint32 [].
+
+    The van der Corput sequence, t with its bits reversed, is evenly distributed over
+    the steps, and over every nth step unless n is a multiple of a large power of 2. So
+    165/256 is added every 256 steps.
+    """
+    t = bits = t.astype(jnp.uint32)
+    masks = (0xFFFF, 0xFF00FF, 0xF0F0F0F, 0x33333333, 0x55555555)
+    for n, mask in zip((16, 8, 4, 2, 1), masks, strict=True):
+        bits = ((bits & mask) << n) | ((bits >> n) & mask)
+    return bits + ((t >> 8) * 165 << 24)
 
 
 def decode(stored) -> Any:
     """Decode a stored array to its values; None passes through."""
     if isinstance(stored, Quantized):
-        codes, scale = stored
-        if codes.dtype != jnp.uint8:
-            return codes
-        return jnp.where(codes == 255, jnp.nan, scale * _relative(codes))
+        return (
+            stored.codes if stored.codes.dtype != jnp.uint8 else codes.decode(*stored)
+        )
     if stored is None or stored.dtype != jnp.bfloat16:
         return stored
     return stored.astype(jnp.float32)
-
-
-def _relative(codes):
-    """Decode codes to values relative to the scale."""
-    return (codes.astype(jnp.float32) * (1 / 254)) ** 16
-
-
-def _quantize(x, offset):
-    known = ~jnp.isnan(x)
-    # Bounded, because an infinite scale would lose the rest of the row.
-    x = jnp.where(known, jnp.minimum(x, LARGEST), 0)
-    scale = jnp.max(x, axis=-1, keepdims=True)
-    x = x * (1 / jnp.maximum(scale, 1 / LARGEST))
-    root = jnp.sqrt(jnp.sqrt(jnp.sqrt(jnp.sqrt(x))))
-    code = jnp.floor(254 * root)
-    low, high = _relative(code), _relative(code + 1)
-    up = x - low > offset * (high - low)
-    codes = jnp.where(known, jnp.minimum(code + up.astype(jnp.float32), 254), 255)
-    return Quantized(codes.astype(jnp.uint8), scale)
 
 
 def convert(

@@ -38,15 +38,14 @@ device_description_str: "NVIDIA H200"
 """
 SMALL = dict(nu_dtype=jnp.bfloat16, momentum=0.9, momentum_dtype=jnp.bfloat16)
 UINT8 = dict(nu_dtype=jnp.uint8)
-# Options; bytes a parameter that a step moves, and of parameters and state; passes over
-# the arrays, two where codes need the scale of their row first.
+# Options; bytes a parameter that a step moves, and of parameters and state.
 CASES = {
-    "plain": ({}, 20, 8, 1),
-    "momentum": (dict(momentum=0.9), 28, 12, 1),
-    "centered_momentum": (dict(centered=True, momentum=0.9), 36, 16, 1),
-    "bfloat16": (dict(nu_dtype=jnp.bfloat16), 16, 6, 1),
-    "bfloat16_both": (SMALL, 20, 8, 1),
-    "uint8": (UINT8, 19, 5, 2),
+    "plain": ({}, 20, 8),
+    "momentum": (dict(momentum=0.9), 28, 12),
+    "centered_momentum": (dict(centered=True, momentum=0.9), 36, 16),
+    "bfloat16": (dict(nu_dtype=jnp.bfloat16), 16, 6),
+    "bfloat16_both": (SMALL, 20, 8),
+    "uint8": (UINT8, 14, 5),
 }
 each = pytest.mark.parametrize("case", CASES)
 SIDE = 4096
@@ -141,20 +140,22 @@ def traffic(executable):
     return kernels, sum(kernels) + sum(copies)
 
 
+@pytest.mark.parametrize("shape", [(SIDE, SIDE), (3072, 4096), (8192, 16384)], ids=str)
 @each
-def test_a_step_moves_and_allocates_no_more_than_it_must(case, devices):
-    options, expected, held, passes = CASES[case]
-    where, count = SingleDeviceSharding(devices[0]), SIDE**2
-    step = compiled(options, [shaped((SIDE, SIDE), where)])
+def test_a_step_moves_and_allocates_no_more_than_it_must(case, shape, devices):
+    options, expected, held = CASES[case]
+    where, count = SingleDeviceSharding(devices[0]), math.prod(shape)
+    step = compiled(options, [shaped(shape, where)])
     kernels, moved = traffic(step)
-    assert moved / count == pytest.approx(expected, rel=0.001)
-    assert sum(x > count for x in kernels) == passes
+    assert moved / count == pytest.approx(expected, rel=0.002)
+    assert sum(x > count for x in kernels) == 1
     if devices[0].platform == "tpu" and "nu_dtype" not in options:
         # Nothing is held in the core's memory, so XLA's own count is the same.
         assert step.cost_analysis()["bytes accessed"] == pytest.approx(moved, 1e-4)
     memory = step.memory_analysis()
-    # Tables of pointers, and between two passes the scale of each row and its inverse.
-    assert memory.temp_size_in_bytes <= 1024 + (passes - 1) * 8 * SIDE
+    # Tables of pointers and, on GPU, the scales of each row as three integers.
+    unpacked = 12 * shape[0] * (case == "uint8" and devices[0].platform != "tpu")
+    assert memory.temp_size_in_bytes <= 1024 + unpacked
     assert memory.alias_size_in_bytes / count == pytest.approx(held, rel=0.001)
 
 
@@ -167,18 +168,17 @@ def mixed():
 
 @each
 def test_a_tree_is_one_kernel_a_leaf(case, devices):
-    options, expected, _, passes = CASES[case]
+    options, expected, _ = CASES[case]
     where = SingleDeviceSharding(devices[0])
     kernels, moved = traffic(compiled(options, [shaped(x, where) for x in mixed()]))
     if case == "uint8" and devices[0].platform != "tpu":
-        # The new average of a small leaf is written and read again: it fits in the
-        # second-level cache of 60 MB, and computing it twice takes longer.
+        # For leaves of up to about a million elements, XLA expects two kernels to be
+        # faster than one with few rows. What the second reads is in the cache of 60 MB.
         expected += 8
     assert moved <= sum(map(math.prod, mixed())) * expected * 1.02
     large = sum(math.prod(x) >= 4096 and len(x) > 1 for x in mixed())
-    # One each for count and dither offset; for codes a second pass and, on TPU, one for
-    # the scales.
-    most = len(mixed()) + 2 + 2 * (passes - 1) * large
+    # One each for count and dither offset, and for the scales of the rows of codes.
+    most = len(mixed()) + 2 + (case == "uint8") * large
     assert len([x for x in kernels if x > 8]) <= most
 
 

@@ -13,7 +13,7 @@ BYTES_MOVED = {
     "momentum": 28,
     "centered + momentum": 36,
     "bfloat16 nu": 16,
-    "uint8 nu": 19.1,
+    "uint8 nu": 14.1,
     "bfloat16 nu and momentum": 20,
 }
 

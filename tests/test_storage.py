@@ -78,43 +78,6 @@ def test_bfloat16_keeps_special_values():
     np.testing.assert_array_equal(nearest.astype("float32"), expected)
 
 
-def test_codes_are_neighbours_and_right_on_average():
-    random = np.random.default_rng(0)
-    x = random.lognormal(sigma=4, size=(8, 512)).astype("float32")
-    old = quantize(x)
-    assert (old.codes.dtype, old.scale.shape) == (jnp.uint8, (8, 1))
-    np.testing.assert_array_equal(old.scale[:, 0], x.max(1))
-    assert len(np.unique(old.codes)) > 150
-
-    read = np.asarray(read_back(x, U8, jnp.arange(1, 2001)), "float64")
-    root = lambda x: (x / x.max(-1, keepdims=True)) ** (1 / 16) * 254  # noqa: E731
-    for x_read in (read.min(0), read.max(0)):
-        assert np.abs(root(x_read) - root(x.astype("float64"))).max() < 1.0001
-    # Of 2,000 offsets, a few come too early or too late.
-    assert (np.abs(read.mean(0) - x) <= 0.004 * 16 / root(x) * x).all()
-
-
-def test_codes_that_are_encoded_again_stay():
-    row = (np.arange(2, 255) / 254) ** 16
-    quantized = quantize(jnp.asarray([np.resize(row, 256)] * 16, jnp.float32))
-    assert len(np.unique(quantized.codes)) == 253
-    assert_same(quantize(storage.decode(quantized)), quantized)
-    zeros = jax.tree.map(jnp.zeros_like, quantized)
-    assert (storage.decode(zeros) == 0).all(), "a state may be set to zeros"
-
-
-def test_codes_keep_special_values():
-    x = np.float32([0, 1, 1, 3e38, 1e-37, np.nan])[:, None] * np.ones(1024, "float32")
-    x[1, 3], x[2, 4] = np.nan, np.inf
-    (read,) = np.asarray(read_back(x, U8, jnp.arange(1, 2)))
-    # An infinite average would never decay; the largest value that is stored does.
-    x[2, 4] = x[3] = 2.0**126
-    np.testing.assert_array_equal(np.delete(read, 2, 0), np.delete(x, 2, 0))
-    assert read[2, 4] == 2.0**126 and np.isfinite(read[2]).all()
-    with jax.debug_nans(True):
-        storage.encode_nearest(jnp.zeros((64, 64)), U8)
-
-
 def test_arrays_that_would_gain_little_stay_exact():
     few = [(), (0,), (5000,), (63, 65), (0, 5000), (5000, 1), (600, 7)]
     assert not any(map(storage.worth_quantizing, few))
@@ -123,7 +86,7 @@ def test_arrays_that_would_gain_little_stay_exact():
         x = jnp.asarray(np.random.default_rng(0).lognormal(size=shape), jnp.float32)
         old = quantize(2 * x)
         stored = storage.encode_dithered(x, old, jnp.int32(1))
-        expected = types(storage.Quantized(x, jnp.ones((1,) * x.ndim)))
+        expected = types(storage.Quantized(x, jnp.ones((1,) * x.ndim, BF16)))
         assert types(stored) == types(old) == expected
         assert_same((storage.decode(old), storage.decode(stored)), (2 * x, x))
 
@@ -141,11 +104,13 @@ def test_a_state_starts_at_the_initial_scale(dtype):
             assert types(state) == types(start(0.0))
             assert not any(x.committed for x in jax.tree.leaves(state))
             for nu, limit in zip(storage.convert(state).nu, limits, strict=True):
-                np.testing.assert_allclose(nu, min(value, limit), rtol=0.004)
+                # A code has three bits of mantissa.
+                error = 2.0**-4 if nu.size == 64**2 and dtype == U8 else 0.004
+                np.testing.assert_allclose(nu, min(value, limit), rtol=error)
 
 
 # Of bfloat16 and uint8, in percent, where sizes in a row differ by a factor of e.
-PROMISED = {0.9: (1.6, 7), 0.99: (1.6, 10), 0.999: (1.6, 13)}
+PROMISED = {0.9: (1.6, 5), 0.99: (1.6, 11), 0.999: (1.6, 11.5)}
 
 
 @pytest.mark.parametrize("decay", formats.STEPS)
@@ -165,7 +130,7 @@ def test_float64_gradients_do_not_overflow_a_small_state(dtype, x64):
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.999])
-@pytest.mark.parametrize(("dtype", "size"), [(None, 4), (BF16, 2), (U8, 1 + 4 / 64)])
+@pytest.mark.parametrize(("dtype", "size"), [(None, 4), (BF16, 2), (U8, 1 + 2 / 64)])
 def test_updates_are_bounded_whatever_storage_loses(dtype, size, decay):
     random = np.random.default_rng(0)
     sizes = 10.0 ** random.integers(-18, 18, size=(100, 64, 64))
@@ -294,7 +259,7 @@ def test_states_that_were_cast_or_taken_apart_are_refused():
         codes,
         optax.tree.cast(state.nu, jnp.float32),
         storage.Quantized(codes | dict(vector=codes["vector"].astype(BF16)), scale),
-        storage.Quantized(codes, optax.tree.cast(scale, BF16)),
+        storage.Quantized(codes, optax.tree.cast(scale, jnp.float32)),
         storage.Quantized(codes, jax.tree.map(lambda x: x.T, scale)),
         optax.tree.cast(storage.convert(state).nu, "float16"),
     ]
@@ -312,8 +277,8 @@ def test_states_that_were_cast_or_taken_apart_are_refused():
 def test_complex_parameters_have_a_real_nu_and_complex_momentum():
     params = jnp.full((64, 64), 3 + 4j, jnp.complex64)
     tx = rmsprop(0.01, momentum=0.9, **SMALL)
-    updates, state = tx.update(params, tx.init(params), params)
+    state, updates = run(tx, jnp.stack([params] * 100))
     assert updates.dtype == state.trace.dtype == jnp.complex64
     assert state.nu.codes.dtype == U8
-    np.testing.assert_allclose(storage.convert(state).nu, 0.1 * 25, rtol=0.01)
+    np.testing.assert_allclose(storage.convert(state).nu, 25, rtol=0.07)
     assert storage.convert(state, momentum_dtype=BF16).trace.dtype == jnp.complex64

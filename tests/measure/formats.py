@@ -90,7 +90,7 @@ FORMATS = {
     "bfloat16": ours(jnp.bfloat16),
     "bfloat16, to nearest": rounded(nearest_bfloat16, 2),
     "uint8": ours(jnp.uint8),
-    "uint8, to nearest": rounded(nearest_uint8, 1 + 4 / SHAPE[-1]),
+    "uint8, to nearest": rounded(nearest_uint8, 1 + 2 / SHAPE[-1]),
 }
 
 

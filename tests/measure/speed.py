@@ -175,9 +175,7 @@ def step_row(name, tree, shapes, rounds, bandwidth):
     against = interleaved(dict(ours=runs["ours"]) | others, rounds)
     _, (_, state), program = steppers["ours"]
     memory, count = program.memory_analysis(), sum(map(math.prod, shapes))
-    # uint8 needs the maximum of a row first: gradients and codes are read twice.
-    moved = 12 + 5 * (options.get("nu_dtype") == jnp.uint8)
-    moved += 2 * sum(x.nbytes for x in jax.tree.leaves(state)) / count
+    moved = 12 + 2 * sum(x.nbytes for x in jax.tree.leaves(state)) / count
     return (
         *(name, tree, ratio(seconds, "float32"), ratio(seconds, "optax")),
         *(ratio(against, "torch"), ratio(against, "compiled"), f"{moved:.1f}"),

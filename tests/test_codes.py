@@ -1,0 +1,186 @@
+"""One-byte codes are right on average, and keep what jumps, sleeps or repeats."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+
+from rmsprop_jax import codes, rmsprop, scale_by_rms, storage
+
+CODE = np.arange(255)
+# The numbers that codes represent with a scale of 1, as the module's docstring says.
+FINE = 2.0 ** ((CODE - 15) // 8 - 26) * (1 + (CODE - 15) % 8 / 8)
+TABLE = np.where(CODE < 15, 2.0**-26 * 4.0 ** (CODE - 15), FINE)
+TABLE = np.where(CODE > 223, 4.0 ** (CODE - 223), TABLE)
+TABLE[0] = 0
+
+
+@partial(jax.jit, static_argnames="steps")
+def read_back(x, old, steps):
+    """Return the values of x as they are stored in each of these steps."""
+    encode = lambda t: storage.decode(storage.encode_dithered(x, old, t))  # noqa: E731
+    return jax.vmap(encode)(jnp.arange(1, steps + 1))
+
+
+def quantize(x):
+    return storage.encode_nearest(jnp.asarray(x, jnp.float32), jnp.dtype("uint8"))
+
+
+def run(tx, grads):
+    """Return the last state and the update of each step, for stacked gradients."""
+    step = lambda state, g: tx.update(g, state)[::-1]  # noqa: E731
+    return jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads))(grads)
+
+
+def rms(x):
+    return np.sqrt(np.mean(np.square(x)))
+
+
+def test_values_are_stored_as_their_neighbours_and_right_on_average():
+    random = np.random.default_rng(0)
+    x = random.lognormal(sigma=4, size=(8, 512)).astype("float32")
+    old = quantize(x)
+    assert (old.codes.dtype, old.scale.shape) == (jnp.uint8, (8, 1))
+    assert old.scale.dtype == jnp.bfloat16 and len(np.unique(old.codes)) > 150
+    scale = 4.0 ** np.ceil(np.log2(2 * x.max(1, keepdims=True)) / 2)
+    code = np.searchsorted(TABLE, x / scale, side="right") - 1
+    low, high = TABLE[code] * scale, TABLE[code + 1] * scale
+
+    read = np.asarray(read_back(x, old, 512), "float64")
+    assert ((read == low) | (read == high)).all() and (read == high).any()
+    fine = code >= 15
+    # Two of 512 offsets may come too early or too late.
+    assert (np.abs(read.mean(0) - x) <= (high - low) / 256)[fine].all()
+    # Between powers of 4, 2 is taken for the middle: at most a quarter too high.
+    mean = read.mean(0)[~fine] / x[~fine]
+    assert fine.mean() > 0.8 and (~fine).any() and (mean.min() > 0.9 and mean.max() < 1.3)
+
+
+@pytest.mark.parametrize("exponent", [codes.SMALLEST, 0, codes.LARGEST])
+def test_all_codes_are_read_as_the_docstring_says(exponent):
+    every = jnp.arange(256, dtype=jnp.uint8)[None]
+    scale = codes._pack(*2 * (jnp.full((1, 1), exponent),)).astype(jnp.bfloat16)
+    with np.errstate(over="ignore"):
+        expected = np.append((TABLE * 4.0**exponent).astype("float32"), np.nan)
+    # Larger numbers are not stored.
+    readable = ~(expected > 2.0**126)
+    read = np.asarray(codes.decode(every, scale))[0]
+    np.testing.assert_array_equal(read[readable], expected[readable])
+
+
+def test_codes_that_are_encoded_again_stay():
+    row = TABLE[1:216]  # Up to 1/2.
+    quantized = quantize([np.resize(row, 256)] * 16)
+    assert len(np.unique(quantized.codes)) == 215
+    assert_same(quantize(storage.decode(quantized)), quantized)
+    zeros = jax.tree.map(jnp.zeros_like, quantized)
+    assert (storage.decode(zeros) == 0).all(), "a state may be set to zeros"
+
+
+def test_special_values_are_kept_in_their_coordinates():
+    x = np.float32([0, 1, 1, 3e38, 1e-37, np.nan])[:, None] * np.ones(1024, "float32")
+    x[1, 3], x[2, 4] = np.nan, np.inf
+    (read,) = np.asarray(read_back(x, quantize(x), 1))
+    # An infinite average would never decay; the largest value that is stored does.
+    x[2, 4] = x[3] = 2.0**126
+    for row in (0, 1, 3, 5):
+        np.testing.assert_array_equal(read[row], x[row])
+    assert read[2, 4] == 2.0**126 and np.isfinite(read[2]).all()
+    with jax.debug_nans(True):
+        storage.encode_nearest(jnp.zeros((64, 64)), jnp.dtype("uint8"))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e10])
+def test_the_first_gradient_of_a_row_is_remembered(size):
+    grads = jnp.zeros((4, 64, 64)).at[0, 5].set(size)
+    tx = scale_by_rms(0.5, eps=0.0, nu_dtype="uint8")
+    state, updates = run(tx, grads.at[3, 5].set(size))
+    # The average of squares is then 1/2 + 1/16 of the square, twice rounded to a factor
+    # of 4 if that is beyond the range of the smallest scale.
+    exact = (1 / 2 + 1 / 16) ** -0.5
+    assert 0.6 * exact < updates[3, 5, 0] < 2 * exact
+    assert (storage.convert(state).nu[jnp.arange(64) != 5] == 0).all()
+
+
+def test_a_row_that_jumps_is_right_after_three_steps():
+    grads = np.random.default_rng(0).normal(size=(303, 64, 64))
+    grads[300:] *= 1e4
+    grads = jnp.asarray(grads, jnp.float32)
+    _, exact = run(scale_by_rms(0.9, eps=0.0), grads)
+    _, found = run(scale_by_rms(0.9, eps=0.0, nu_dtype="uint8"), grads)
+    errors = [rms(found[t] / exact[t] - 1) for t in range(303)]
+    assert max(errors[100:301]) < 0.06 and errors[302] < 0.15
+
+
+@pytest.mark.parametrize("decay", [0.97, 0.99, 0.999])
+def test_rows_that_are_touched_seldom_keep_their_average(decay):
+    """At random, once in 200 steps, as the rows of an embedding are."""
+    random = np.random.default_rng(0)
+    touched = random.random((6000, 64, 1)) < 1 / 200
+    sizes = random.lognormal(size=(64, 64))
+    grads = touched * sizes * random.normal(size=(6000, 64, 64))
+    grads = jnp.asarray(grads, jnp.float32)
+    _, exact = run(scale_by_rms(decay, eps=0.0), grads)
+    _, found = run(scale_by_rms(decay, eps=0.0, nu_dtype="uint8"), grads)
+    after = touched & (touched.cumsum(0) > 3) & (exact != 0)
+    assert rms((np.asarray(found) / np.where(after, exact, 1) - 1)[after]) < 0.10
+
+
+def test_gradients_that_repeat_after_any_number_of_steps_are_averaged_alike():
+    """As in epochs that are not shuffled: the offset must not resonate with them."""
+    decay, columns = 0.9999, 16
+    periods = np.array([*range(2, 40), 55, 89, 144, 165, 181, 233, 256, 377])
+    random = np.random.default_rng(0)
+    phase = jnp.asarray(random.integers(0, 10**6, (len(periods), columns)))
+    sizes = jnp.asarray(random.lognormal(size=phase.shape), jnp.float32)
+    small, wide = (scale_by_rms(decay, eps=0.0, nu_dtype=x) for x in ("uint8", None))
+
+    def step(states, t):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), t), phase.shape)
+        seen = (t + phase) % periods[:, None] == 0
+        g = jnp.where(seen, sizes * noise, 0)
+        found, first = small.update(g, states[0])
+        exact, second = wide.update(g, states[1])
+        counted = seen & (t > 5000)
+        error = jnp.where(counted, found / jnp.where(counted, exact, 1) - 1, 0)
+        return (first, second), (jnp.square(error).sum(1), counted.sum(1))
+
+    start = small.init(sizes), wide.init(sizes)
+    scan = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(20_000))[1])
+    squares, count = (np.asarray(x).sum(0) for x in scan())
+    found = np.sqrt(squares / count)
+    assert found.max() < 0.14 and np.median(found) < 0.08, periods[found.argmax()]
+
+
+def test_states_with_the_scales_of_version_0_1_are_refused_and_converted():
+    random = np.random.default_rng(0)
+    scale = random.lognormal(size=(64, 1)).astype("float32")
+    old = random.integers(0, 255, (64, 64)).astype("uint8")
+    tx = rmsprop(0.1, nu_dtype="uint8")
+    state = tx.init(jnp.zeros((64, 64)))._replace(
+        nu=storage.Quantized(jnp.asarray(old), jnp.asarray(scale))
+    )
+    with pytest.raises(ValueError, match="storage.convert only. It also reads"):
+        tx.update(jnp.ones((64, 64)), state)
+    read = storage.convert(state)
+    np.testing.assert_allclose(read.nu, scale * (old / 254) ** 16, rtol=1e-5, atol=1e-37)
+    new = storage.convert(state, nu_dtype="uint8")
+    updates, _ = tx.update(jnp.ones((64, 64)), new)
+    exact, _ = tx.update(jnp.ones((64, 64)), read)
+    np.testing.assert_allclose(updates, exact, rtol=0.07)
+
+
+def test_nothing_is_differentiated_through_what_is_stored():
+    tx = scale_by_rms(0.5, nu_dtype="uint8")
+    params = jnp.ones((64, 64))
+    _, state = tx.update(params, tx.init(params))
+
+    def second(g):
+        return tx.update(jnp.ones_like(g), tx.update(g, state)[1])[0].sum()
+
+    assert (jax.grad(second)(3 * params) == 0).all()
+    first = lambda g: tx.update(g, state)[0].sum()  # noqa: E731
+    assert (jax.grad(first)(params) != 0).all()

@@ -135,10 +135,6 @@ def test_runs_killed_or_stopped_at_any_moment_end_with_the_same_bits(start, tmp_
     # With a larger eps, it outweighs more of the average.
     assert float(rows(undisturbed)[0]["eps_share"]) > 0.1
     process = start(*SHORT, "--out", folder)
-    wait_for(checkpoints(folder), process)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
-    process = start("--resume", "--out", folder)
     # This appears once the checkpoint of the first epoch is written.
     wait_for(checkpoints(folder) / "44", process)
     process.send_signal(signal.SIGKILL)

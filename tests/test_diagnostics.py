@@ -162,7 +162,9 @@ def test_an_nnx_optimizer_is_read(options, lenient):
     nu = 0.1 * flat(grads) ** 2
     wanted = expected(flat(grads), nu, flat(grads), 0.1, 1e-8, True)
     name = "effective_learning_rate_min"
-    np.testing.assert_allclose(found[name], wanted[name], rtol=0.01)
+    # The first codes of a row are powers of 4.
+    rtol = 0.5 if options is SMALL else 0.01
+    np.testing.assert_allclose(found[name], wanted[name], rtol=rtol)
     rates = 0.1 / np.sqrt(nu + 1e-8)
     rms = np.sqrt(np.mean((rates * flat(grads)) ** 2))
     np.testing.assert_allclose(found["update_rms"], rms, rtol=1e-4)

@@ -2,15 +2,17 @@
 
 For x >= 0, with a scale s, a power of 4, for each row (the last axis):
     code 0           x = 0
-    code 1 to 15     x = s * 2^-26 * 4^(code - 15)
-    code 15 to 223   x = s * 2^-26 * 2^n * (1 + m / 8), with 8 * n + m = code - 15
+    code 1 to 23     1 code for each factor of 2, from s * 2^-59 to s * 2^-37
+    code 23 to 39    2 codes for each factor of 2, from s * 2^-37 to s * 2^-29
+    code 39 to 87    4 codes for each factor of 2, from s * 2^-29 to s * 2^-17
+    code 87 to 223   8 codes for each factor of 2, from s * 2^-17 to s
     code 223 to 254  x = s * 4^(code - 223)
     code 255         NaN
-From 2^-26 of s to s, this is floating point with 3 bits of mantissa; outside of that
-range, codes are powers of 4. The bits of a float32, taken as an integer, grow linearly
-between two such codes. To them the offset of the step is added before they are cut off:
-stored averages are then correct on average over steps. Rounded to nearest, the elements
-of a row could not move apart again. Between powers of 4, 2 is taken for the middle.
+Up to s, this is floating point with a mantissa of 0 to 3 bits. The bits of a float32,
+taken as an integer, grow linearly between two such codes. The offset of the step is
+added to them before they are cut off: stored averages are then correct on average over
+steps. Rounded to nearest, the elements of a row could not move apart again. (Above s,
+2 is taken for the middle between powers of 4.)
 
 s is the smallest power of 4 that is at least twice the maximum of the row one step
 earlier. Codes and the new maximum can therefore be written in the pass that computes x;
@@ -21,11 +23,14 @@ After one huge gradient, a row has less resolution until its largest average has
 decayed.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-# The number of codes below the range with a mantissa, and of steps in that range.
-COARSE, FINE = 15, 208
+# With the bits of x less those of s, divided by 2^(20 + shift): what to add to get the
+# code, for 8, 4, 2 and 1 codes for each factor of 2. The code is the largest of these.
+LINES = ((0, 223), (1, 155), (2, 97), (3, 60))
 # The range of scales, as exponents of 4. With the smallest, codes reach up to 2^22, so
 # that the first gradients of a row are not lost.
 SMALLEST, LARGEST = -20, 63
@@ -66,9 +71,7 @@ def decode(codes, scale):
         x = scale * (code.astype(jnp.float32) * (1 / 254)) ** 16
     else:
         _, exponent = _unpack(scale)
-        fine = jnp.clip(code - COARSE, 0, FINE)
-        steps = fine + 16 * (code - COARSE - fine)
-        x = jnp.where(code == 0, 0, _float((steps << 20) + _origin(exponent)))
+        x = jnp.where(code == 0, 0, _float(_to_bits(code) + _scale_bits(exponent)))
     return jnp.where(code == 255, jnp.nan, x)
 
 
@@ -78,18 +81,28 @@ def _encode(x, exponent, offset):
     # Bounded, because an infinite scale would lose the rest of the row.
     x = jnp.where(known, jnp.minimum(x, 4.0**LARGEST), 0)
     scale = jnp.max(_pack(_exponent(x), exponent), axis=-1, keepdims=True)
-    # In units of 2^-20 of a step of the fine range; a power of 4 is 16 of these.
-    steps = _bits(x) - _origin(exponent)
-    fine = jnp.clip(steps, 0, FINE << 20)
-    code = COARSE + (fine + (steps - fine >> 4) + offset >> 20)
+    code = _to_codes(_bits(x) - _scale_bits(exponent)) + offset >> 20
     # On TPU, XLA writes what was converted from float32 in the same pass.
     codes = jnp.where(known, jnp.clip(code, 0, 254).astype(jnp.float32), 255)
     return codes.astype(jnp.uint8), scale.astype(jnp.bfloat16)
 
 
-def _origin(exponent):
-    """Return the bits of the least number with a mantissa, for a scale of 4^exponent."""
-    return 2 * exponent + 127 - FINE // 8 << 23
+def _scale_bits(exponent):
+    return 2 * exponent + 127 << 23
+
+
+def _to_codes(bits):
+    """Return 2^20 times the codes, with their fractions, of bits less those of s."""
+    lines = [(bits >> shift) + (code << 20) for shift, code in LINES]
+    above = (bits >> 4) + (223 << 20)
+    return jnp.minimum(functools.reduce(jnp.maximum, lines), above)
+
+
+def _to_bits(codes):
+    """Return bits less those of s: the inverse of `_to_codes`."""
+    lines = [codes - code << 20 + shift for shift, code in LINES]
+    above = jnp.maximum(codes, 150) - 223 << 24  # Limited to what fits in 32 bits.
+    return jnp.maximum(functools.reduce(jnp.minimum, lines), above)
 
 
 def _exponent(x):
@@ -110,7 +123,9 @@ def _pack(following, exponent):
 def _unpack(scale):
     """Return the exponents of 4 of the scale of the next step and of the codes."""
     bits = _bits(scale.astype(jnp.float32))
-    return ((bits >> 23) - 127) >> 1, (bits >> 16 & 127) + SMALLEST
+    following = ((bits >> 23) - 127) >> 1
+    # A state that was set to zeros has scales of 0.
+    return jnp.maximum(following, SMALLEST), (bits >> 16 & 127) + SMALLEST
 
 
 def _bits(x):

@@ -14,7 +14,15 @@ FOLDER = Path(rmsprop_jax.__file__).parent
 FUNCTIONS = {"rmsprop", "scale_by_rms"}
 MODULES = {"diagnostics", "interop", "plots", "presets", "sharding", "storage"}
 ORDER = ["rule", "sharding", "codes", "storage", "checks", "transform", "presets"]
-ORDER += ["reductions", "diagnostics", "plots", "interop", "__init__", "demo", "__main__"]
+ORDER += [
+    "reductions",
+    "diagnostics",
+    "plots",
+    "interop",
+    "__init__",
+    "demo",
+    "__main__",
+]
 
 
 def test_importing_and_building_stay_light():

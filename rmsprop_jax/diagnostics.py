@@ -153,7 +153,6 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
     return edges, _histogram(_find(state).nu)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
 def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer):
     treedef = storage.params_treedef(state.nu)
     stored = storage.leaves(state.nu, treedef)
@@ -177,19 +176,27 @@ def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer)
         rows = [("", {k: x}) for k, tree in trees.items() for x in tree.values()]
     rows += [("", {"state": x}) for x in jax.tree.leaves((state.mu, state.trace))]
 
-    parts = [(path, _summarize_nu(x, eps, eps_in_sqrt)) for path, x in nu.items()]
-    for path, arrays in rows:
-        sizes = {f"size_{name}": x.size for name, x in arrays.items()}
-        parts.append((path, _summarize(arrays) | sizes))
-    total = reductions.merge(part for _, part in parts)
+    paths = [*nu, *(path for path, _ in rows)]
+    parts = [_summarize_nu(x, eps, eps_in_sqrt) for x in nu.values()]
+    parts += [_summarize(arrays) for _, arrays in rows]
+    layers = tuple(nu) if per_layer else ()
     (count,) = jax.tree.leaves(state.count)
-    found = {"step": count}
+    return {"step": count} | _combine(
+        parts, learning_rate, eps, eps_in_sqrt, tuple(paths), layers
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _combine(parts, learning_rate, eps, eps_in_sqrt, paths, layers):
+    """Compute the metrics of all leaves and of each layer from their statistics."""
+    total = reductions.merge(parts)
+    found = {name: x for name, x in total.items() if name.startswith("nonfinite")}
     if learning_rate is not None:
         found["learning_rate"] = learning_rate
-    found |= {name: x for name, x in total.items() if name.startswith("nonfinite")}
     groups = {"": total}
-    for path in nu if per_layer else ():
-        groups[f"/{path}"] = reductions.merge(part for at, part in parts if at == path)
+    for path in layers:
+        own = (part for at, part in zip(paths, parts, strict=True) if at == path)
+        groups[f"/{path}"] = reductions.merge(own)
     for end, sums in groups.items():
         values = _describe(sums, learning_rate, eps, eps_in_sqrt)
         found |= {f"{name}{end}": x for name, x in values.items()}
@@ -200,7 +207,7 @@ def _describe(sums, learning_rate, eps, eps_in_sqrt):
     """Compute the metrics of a group of leaves from its statistics."""
     size = sums["size"]
     update_rms, param_rms = (
-        jnp.sqrt(sums[f"squares_{name}"] / float(sums[f"size_{name}"]))
+        jnp.sqrt(sums[f"squares_{name}"] / sums[f"size_{name}"])
         for name in ("updates", "params")
     )
     found = dict(
@@ -220,7 +227,7 @@ def _describe(sums, learning_rate, eps, eps_in_sqrt):
     return found
 
 
-# Jitted separately, so that leaves of the same shape are traced only once.
+# Jitted for each leaf, so that leaves of the same shape are compiled only once.
 @functools.partial(jax.jit, static_argnums=2)
 def _summarize_nu(stored, eps, eps_in_sqrt):
     nu = storage.decode(stored).astype(jnp.float32)
@@ -235,11 +242,12 @@ def _summarize_nu(stored, eps, eps_in_sqrt):
 
 @jax.jit
 def _summarize(arrays):
-    columns = {}
+    columns, sizes = {}, {}
     for name, x in arrays.items():
         columns[f"squares_{name}"] = jnp.square(jnp.abs(x).astype(jnp.float32))
         columns[f"nonfinite_{name}"] = ~jnp.isfinite(x)
-    return reductions.reduce(**columns)
+        sizes[f"size_{name}"] = jnp.float32(x.size)
+    return sizes | reductions.reduce(**columns)
 
 
 def _denominator(nu, eps, eps_in_sqrt):

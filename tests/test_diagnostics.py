@@ -300,6 +300,19 @@ def test_leaves_of_one_shape_are_traced_once():
         return text.count("stablehlo.reduce("), len(COMPILED) - before
 
     assert traced(2) == traced(20)
+
+
+def test_leaves_of_one_shape_are_compiled_once():
+    def compiled(leaves, *shapes):
+        params = [jnp.ones(shape) for shape in shapes * leaves]
+        state = rmsprop(0.1).init(params)
+        before = len(COMPILED)
+        diagnostics.metrics(params, state, params, 0.1, per_layer=True)
+        return sum("backend" in event for event in COMPILED[before:])
+
+    # Two programs for each shape and one that combines what they return.
+    assert compiled(7, (7, 4), (7, 5), (7, 6)) == 7
+    assert compiled(2, (7, 2)) == compiled(20, (7, 3))
     params = {"a": jnp.ones(3)}
     state = rmsprop(0.1).init(params)
     diagnostics.metrics(params, state, params, 0.1, eps=1e-3)

@@ -3,18 +3,19 @@
 With t = 1 at the first step and c = 1 - decay, evaluated from top to bottom:
 
     g      = g + l2 * p                                       l2
+    g      = g, limited to a magnitude of 2^61                finite g
 
     square = |g|^2                                            not centered
     mu     = mu + c * (g - mu)                                centered
     square = |g - mu|^2 / decay                               centered
-    nu     = decay * nu + c * min(square, largest number)
+    nu     = decay * nu + c * square
 
     v      = nu / (1 - decay^t)                               bias_correction
     v      = nu                                               otherwise
 
     u      = g / sqrt(v + eps)                                eps_in_sqrt
     u      = g / (sqrt(v) + eps)                              otherwise
-    u      = 0                                                where v + eps = 0
+    u      = 0, with derivatives 0                            where that divides by 0
 
     update = u                                                no lr
     update = -lr * u                                          no momentum
@@ -27,11 +28,16 @@ With t = 1 at the first step and c = 1 - decay, evaluated from top to bottom:
 
     update = update - lr * weight_decay * p                   weight_decay
 
+The limit, 2^509 if nu is float64, keeps squares finite: an infinite nu would never
+decay. Thus |u| <= 1 / sqrt(c) for every finite gradient if not centered, unless eps and
+|g|^2 both underflow. An infinite or NaN gradient gives an update that is not finite.
+
 If centered, nu is E|g|^2 - |E g|^2, rearranged as a sum of squares: it is never
 negative, whereas the difference of the averages cancels and gives NaN. `square` uses
 the new mu, as g - mu_new = decay * (g - mu_old), so that mu can be updated in place.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -103,26 +109,23 @@ def step(
 
     if l2 is not None:
         g = g + l2 * p
+    # A quarter of what may be squared leaves room for sums and for complex numbers.
+    limit = 2.0 ** (jnp.finfo(output_dtypes[1]).maxexp // 2 - 3)
+    limited = _clip(g, limit)
     if mu is None:
-        square = _abs_sq(g)
+        square = _abs_sq(limited)
     else:
-        mu = mu + _cast(c, work) * (g - mu)
-        square = _abs_sq(g - mu) / decay
-    # Bounded, because an infinite nu would never decay again.
-    largest = float(jnp.finfo(output_dtypes[1]).max)
-    nu = decay * nu + c * jnp.minimum(square, largest)
+        mu = mu + _cast(c, work) * (limited - mu)
+        square = _abs_sq(limited - mu) / decay
+    nu = decay * nu + c * square
+    g = jnp.where(jnp.isinf(g), g, limited)
 
     v = nu
     if bias_correction:
         # Rounded as in optax.scale_by_adam, which this equals if b1 = 0 and eps is
         # outside the root.
         v = nu / (1 - jnp.asarray(decay, real) ** t.astype(real))
-    if isinstance(eps, float) and eps >= jnp.finfo(real).tiny:
-        u = _divide(g, v, eps, eps_in_sqrt)
-    else:
-        # Define 0 / 0 as 0, with derivative 0.
-        zero = v + eps == 0
-        u = jnp.where(zero, 0, _divide(g, jnp.where(zero, 1, v), eps, eps_in_sqrt))
+    u = _ratio(g, v + eps, 0.0, 1, 0) if eps_in_sqrt else _ratio(g, v, eps, 0, 1)
 
     if lr is None:
         update = u
@@ -165,19 +168,40 @@ def _abs_sq(x):
     return jnp.real(jnp.conj(x) * x)
 
 
-def _divide(g, v, eps, eps_in_sqrt):
-    scale = jax.lax.rsqrt(v + eps) if eps_in_sqrt else 1 / (_sqrt(v) + eps)
-    return g * scale.astype(g.dtype)
+def _clip(x, limit):
+    """Clip a real array, or each part of a complex one, to [-limit, limit]."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_clip(x.real, limit), _clip(x.imag, limit))
+    return jnp.clip(x, -limit, limit)
 
 
-@jax.custom_jvp
-def _sqrt(x):
-    """Return sqrt(x), with derivative 0 instead of infinity at x = 0."""
-    return jnp.sqrt(x)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _ratio(x, v, eps, m, n):
+    """Return x / (sqrt(v)^m (sqrt(v) + eps)^n), or 0 where that divides by 0.
+
+    JAX's own derivatives are NaN where x and v are 0, or eps is small: they multiply 0
+    by infinity. Here each factor of a derivative is again such a ratio, and finite.
+    """
+    factors = []
+    if m:
+        factors += m * [jax.lax.rsqrt(jnp.where(v == 0, jnp.inf, v))]
+    if n:
+        divisor = jnp.sqrt(v) + eps
+        factors += n * [1 / jnp.where(divisor == 0, jnp.inf, divisor)]
+    for factor in factors:
+        x = x * factor.astype(x.dtype)
+    # In a derivative, leave room to multiply; in an update, infinity remains visible.
+    return x if m + n == 1 else _clip(x, float(jnp.finfo(x.dtype).max) / 2**20)
 
 
-@_sqrt.defjvp
-def _sqrt_jvp(primals, tangents):
-    root = _sqrt(*primals)
-    zero = root == 0
-    return root, jnp.where(zero, 0, tangents[0] / jnp.where(zero, 1, 2 * root))
+@_ratio.defjvp
+def _ratio_jvp(m, n, primals, tangents):
+    x, v, eps = primals
+    dx, dv, deps = (_cast(tangent, x.dtype) for tangent in tangents)
+    slope = _ratio(jnp.ones_like(x), v, eps, m, n) * dx
+    if m:
+        slope -= m / 2 * _ratio(x, v, eps, m + 2, n) * dv
+    if n:
+        slope -= n / 2 * _ratio(x, v, eps, m + 1, n + 1) * dv
+        slope -= n * _ratio(x, v, eps, m, n + 1) * deps
+    return _ratio(x, v, eps, m, n), slope

@@ -95,14 +95,19 @@ def test_scale_by_rms_follows_the_oracle(decay, x64):
         assert_follows(update, gs, ps, decay=decay, **case)
 
 
-def test_update_is_bounded_and_never_zero():
+@pytest.mark.parametrize("dtype", (np.float32, np.complex64))
+def test_update_is_bounded_and_never_zero(dtype):
     """0 < |u| <= 1 / sqrt(1 - decay), since nu holds at least (1 - decay) |g|^2."""
     rng = np.random.default_rng(0)
     gs = np.exp(5 * rng.normal(size=(200, 50))) * rng.normal(size=(200, 50))
-    decays = (0.5, 0.9, 0.99, 0.999)
+    gs[50, :10], gs[51:53, 10:20] = 1e25, 3e38
+    gs = gs.astype(dtype) * (dtype(1j) if dtype is np.complex64 else 1)
+    # XLA adds before it multiplies by 0.5.
+    decays = (0.0, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
     txs = together(scale_by_rms(decay, eps=1e-12) for decay in decays)
-    for decay, updates in zip(decays, scan(txs, np.float32(gs))[0], strict=True):
+    for decay, updates, state in zip(decays, *scan(txs, gs), strict=True):
         us = np.abs(updates)
+        assert np.isfinite(state.nu).all()
         # Rounded: c, the square, the product, the sum, the root, the ratio.
         assert us.max() <= (1 + 4 * SINGLE) / np.sqrt(1 - decay)
         assert us.min() > 0
@@ -170,7 +175,7 @@ def test_weight_moves_again_after_overflow():
             assert (np.abs(updates)[last, [0, 1]] > 0.4).all(), (case, dtype)
 
 
-def test_square_is_bounded_by_the_largest_number_of_nu(x64):
+def test_float64_gradients_do_not_overflow_a_float32_nu(x64):
     tx = scale_by_rms()
     _, state = tx.update(np.array([1e25]), tx.init(np.ones(1, np.float32)))
     assert state.nu.dtype == np.float32
@@ -219,6 +224,21 @@ def test_derivative_is_finite_at_zero(dtype):
     found = jax.jit(jax.grad(lambda gs: ends(gs).sum()))([gs] * len(DERIVED))
     for options, x in zip(DERIVED, found, strict=True):
         assert np.isfinite(x).all(), options
+
+
+def test_derivatives_are_finite_at_zero_for_every_eps():
+    """A product of powers of 1 / eps overflows, and 0 * inf is NaN."""
+    numbers = np.float32([0.0, 1e-42, 1e-30, 1e-20, 1e-8])
+
+    def second_updates(g, eps):
+        txs = together(scale_by_rms(eps=eps, **case) for case in CORES)
+        _, states = txs.update(g, txs.init(g))
+        return jnp.stack(txs.update(g, states)[0])
+
+    first = jax.jacfwd(second_updates)
+    for derivative in (first, jax.jacrev(first)):
+        found = jax.jit(jax.vmap(derivative, (None, 0)))(np.float32(0), numbers)
+        assert np.isfinite(found).all(), found
 
 
 @direct_and_jit

@@ -15,7 +15,7 @@ With t = 1 at the first step and c = 1 - decay, evaluated from top to bottom:
 
     u      = g / sqrt(v + eps)                                eps_in_sqrt
     u      = g / (sqrt(v) + eps)                              otherwise
-    u      = 0, with derivatives 0                            where that divides by 0
+    u      = 0, with derivatives 0                            where v + eps = 0
 
     update = u                                                no lr
     update = -lr * u                                          no momentum
@@ -30,7 +30,7 @@ With t = 1 at the first step and c = 1 - decay, evaluated from top to bottom:
 
 The limit, 2^509 if nu is float64, keeps squares finite: an infinite nu would never
 decay. Thus |u| <= 1 / sqrt(c) for every finite gradient if not centered, unless eps and
-|g|^2 both underflow. An infinite or NaN gradient gives an update that is not finite.
+|g|^2 both underflow. An infinite gradient or NaN gives NaN.
 
 If centered, nu is E|g|^2 - |E g|^2, rearranged as a sum of squares: it is never
 negative, whereas the difference of the averages cancels and gives NaN. `square` uses
@@ -118,13 +118,15 @@ def step(
         mu = mu + _cast(c, work) * (limited - mu)
         square = _abs_sq(limited - mu) / decay
     nu = decay * nu + c * square
-    g = jnp.where(jnp.isinf(g), g, limited)
+    g = limited + (g - g)  # NaN where g is infinite, so that it remains visible.
 
     v = nu
     if bias_correction:
         # Rounded as in optax.scale_by_adam, which this equals if b1 = 0 and eps is
         # outside the root.
         v = nu / (1 - jnp.asarray(decay, real) ** t.astype(real))
+    if not isinstance(eps, float) or eps < jnp.finfo(real).tiny:
+        v = jnp.where(v + eps == 0, jnp.inf, v)
     u = _ratio(g, v + eps, 0.0, 1, 0) if eps_in_sqrt else _ratio(g, v, eps, 0, 1)
 
     if lr is None:
@@ -172,25 +174,25 @@ def _clip(x, limit):
     """Clip a real array, or each part of a complex one, to [-limit, limit]."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(_clip(x.real, limit), _clip(x.imag, limit))
-    return jnp.clip(x, -limit, limit)
+    limit = x.dtype.type(limit)
+    return jax.lax.clamp(-limit, x, limit)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _ratio(x, v, eps, m, n):
-    """Return x / (sqrt(v)^m (sqrt(v) + eps)^n), or 0 where that divides by 0.
+    """Return x / (sqrt(v)^m (sqrt(v) + eps)^n).
 
     JAX's own derivatives are NaN where x and v are 0, or eps is small: they multiply 0
     by infinity. Here each factor of a derivative is again such a ratio, and finite.
     """
     factors = []
     if m:
-        factors += m * [jax.lax.rsqrt(jnp.where(v == 0, jnp.inf, v))]
+        factors += m * [jax.lax.rsqrt(v)]
     if n:
-        divisor = jnp.sqrt(v) + eps
-        factors += n * [1 / jnp.where(divisor == 0, jnp.inf, divisor)]
+        factors += n * [1 / (jnp.sqrt(v) + eps)]
     for factor in factors:
         x = x * factor.astype(x.dtype)
-    # In a derivative, leave room to multiply; in an update, infinity remains visible.
+    # Leave room to multiply a derivative.
     return x if m + n == 1 else _clip(x, float(jnp.finfo(x.dtype).max) / 2**20)
 
 
@@ -202,6 +204,8 @@ def _ratio_jvp(m, n, primals, tangents):
     if m:
         slope -= m / 2 * _ratio(x, v, eps, m + 2, n) * dv
     if n:
-        slope -= n / 2 * _ratio(x, v, eps, m + 1, n + 1) * dv
         slope -= n * _ratio(x, v, eps, m, n + 1) * deps
-    return _ratio(x, v, eps, m, n), slope
+        # The slope of sqrt(v) is infinite at 0: take 0.
+        v = jnp.where(v == 0, jnp.inf, v)
+        slope -= n / 2 * _ratio(x, v, eps, m + 1, n + 1) * dv
+    return _ratio(*primals, m, n), slope

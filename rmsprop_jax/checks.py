@@ -35,7 +35,7 @@ def hyperparameters(initial_scale, centered, mask, options):
     )
     decay = numbers["decay"]
     if isinstance(decay, jax.Array):
-        decay = decay.astype(rule.at_least_float32(decay.dtype))
+        decay = decay.astype(rule.promote(decay.dtype, jnp.result_type(float)))
     numbers["one_minus_decay"] = 1 - decay
     if "lr" in options:
         lr = options["lr"]

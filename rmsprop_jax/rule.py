@@ -68,8 +68,7 @@ def step(
 ):
     """Compute the update of one array and its new moving averages.
 
-    Hyperparameters are Python floats or scalar arrays. Arithmetic is in at
-    least float32.
+    Arithmetic is in at least float32.
 
     Args:
       g: gradient.
@@ -78,18 +77,11 @@ def step(
       mu: moving average of g, or None unless centered; like g.
       trace: momentum buffer, or None without momentum; like g.
       t: number of this step, starting at 1; int32 [].
-      decay: decay rate of `nu` and `mu`, in [0, 1).
+      decay: as in `rmsprop_jax.rmsprop`, like all that follow, as Python floats or
+        scalar arrays. None turns a term off.
       one_minus_decay: 1 - decay, computed before rounding to float32, where 1 - 0.999
         is off by 5e-5.
-      eps: added to the denominator.
-      eps_in_sqrt: add `eps` inside the square root.
-      bias_correction: divide `nu` by 1 - decay^t.
       lr: learning rate, or None to return the ratio u with the sign of g.
-      momentum: decay rate of `trace`, in [0, 1), or None.
-      nesterov: use Nesterov momentum.
-      lr_in_momentum: multiply by `lr` before the trace instead of after it.
-      l2: coefficient of p in the gradient, or None.
-      weight_decay: coefficient of lr * p in the update, or None.
       update_dtype: dtype of the update; None means that of g.
 
     Returns:

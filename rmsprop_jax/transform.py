@@ -67,8 +67,8 @@ def rmsprop(
     including under `jax.vmap`. None turns `momentum`, `l2` or `weight_decay` off.
 
     Args:
-      learning_rate: step size, or a schedule that maps the number of steps taken to it.
-        The first update uses `learning_rate(0)`. A negative rate ascends.
+      learning_rate: step size, or a schedule: a function of the number of steps taken,
+        0 in the first update. A negative rate ascends.
       decay: decay rate of the moving averages, in [0, 1).
       eps: added to the denominator, in units of |g|^2 if `eps_in_sqrt`, else of |g|.
       initial_scale: initial value of `nu`; TensorFlow 1 uses 1.
@@ -91,17 +91,18 @@ def rmsprop(
         then a `storage.Quantized`). None means the parameter's dtype, but at least
         float32. An update keeps the format of its state; `storage.convert` changes it.
       momentum_dtype: storage dtype of `mu` and `trace`, as above but not uint8; they
-        are complex where the parameter is.
+        are complex where the parameter is. If centered, bfloat16 gives errors of 1, 9
+        and 36 % where gradients vary by 10, 1 and 0.1 % of their mean.
 
     Returns:
-      A gradient transformation whose state is an `RMSPropState`. Updates have the
-      promoted dtype of gradients and parameters, or that of the gradients if
-      `update` is called without `params`, which `l2` and `weight_decay` need. Where a
-      gradient is None, `optax.MaskedNode` or float0, it is the update.
+      A gradient transformation whose state is an `RMSPropState`. `l2` and
+      `weight_decay` need `params` in `update`. Updates have the promoted dtype of
+      gradients and parameters, if given. A gradient that is None, `optax.MaskedNode`
+      or float0 passes through.
 
     Raises:
-      ValueError: here, if a hyperparameter is outside its domain or options contradict
-        each other; in `init` and `update`, if trees, shapes or dtypes do not match.
+      ValueError: if a hyperparameter that is not traced is outside its domain, options
+        contradict each other, or trees, shapes or dtypes do not match.
 
     Example:
       >>> import jax, optax, rmsprop_jax

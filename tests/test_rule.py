@@ -273,6 +273,9 @@ def test_one_minus_a_float64_decay_keeps_its_digits(x64):
         assert found == pytest.approx(1 - 0.999, rel=SINGLE)
     nu = nu_of_one_step(0.999, "float64")
     assert nu == pytest.approx(1 - 0.999, rel=1e-15)
+    single = jnp.float32(0.1)
+    nu = nu_of_one_step(single, "float64")
+    assert nu == pytest.approx(1 - float(single), rel=1e-15)
 
 
 def test_traced_decay_and_its_rest_sum_to_one():

@@ -62,9 +62,8 @@ def rmsprop(
 ) -> optax.GradientTransformationExtraArgs:
     """Create the RMSProp optimizer, which divides gradients by their recent magnitude.
 
-    The positional arguments are those of `optax.rmsprop`, with the same order and
-    defaults; the keyword-only ones are additions. Numbers may be traced scalars,
-    including under `jax.vmap`. None turns `momentum`, `l2` or `weight_decay` off.
+    The positional arguments are those of `optax.rmsprop`, in order and with its
+    defaults. Numbers may be traced. None turns `momentum`, `l2` or `weight_decay` off.
 
     Args:
       learning_rate: step size, or a schedule: a function of the number of steps taken,

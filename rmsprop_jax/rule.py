@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def step(
+def step(  # noqa: D417
     g: jax.Array,
     p,
     nu: jax.Array,

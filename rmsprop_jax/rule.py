@@ -3,7 +3,7 @@
 With t = 1 at the first step and c = 1 - decay, evaluated from top to bottom:
 
     g      = g + l2 * p                                       l2
-    g      = g, limited to a magnitude of 2^61                finite g
+    g      = g, limited to a magnitude of 2^62                finite g
 
     square = |g|^2                                            not centered
     mu     = mu + c * (g - mu)                                centered
@@ -28,7 +28,7 @@ With t = 1 at the first step and c = 1 - decay, evaluated from top to bottom:
 
     update = update - lr * weight_decay * p                   weight_decay
 
-The limit, 2^509 if nu is float64, keeps squares finite: an infinite nu would never
+The limit, 2^510 if nu is float64, keeps squares finite: an infinite nu would never
 decay. Thus |u| <= 1 / sqrt(c) for every finite gradient if not centered, unless eps and
 |g|^2 both underflow. An infinite gradient or NaN gives NaN.
 
@@ -101,8 +101,8 @@ def step(  # noqa: D417
 
     if l2 is not None:
         g = g + l2 * p
-    # A quarter of what may be squared leaves room for sums and for complex numbers.
-    limit = 2.0 ** (jnp.finfo(output_dtypes[1]).maxexp // 2 - 3)
+    # A complex g - mu is up to sqrt(8) times that, and squared.
+    limit = 2.0 ** (jnp.finfo(output_dtypes[1]).maxexp // 2 - 2)
     limited = _clip(g, limit)
     if mu is None:
         square = _abs_sq(limited)

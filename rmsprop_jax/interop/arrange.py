@@ -12,22 +12,20 @@ from rmsprop_jax.transform import PyTree, RMSPropState
 
 ToParams = Callable[[list[np.ndarray]], PyTree]
 FromParams = Callable[[PyTree], Sequence[Any]]
-X64 = "Enable jax.config.jax_enable_x64, or cast it."
+REAL = ("float32", "float64")
 HALF = "Averages freeze in half precision: cast it to float32 to accept that."
-COMPLEX = (
-    "PyTorch treats a complex parameter as two real ones: wrap presets.torch in "
-    "optax.contrib.split_real_and_imaginary, and convert the state in it from or to "
-    "torch.view_as_real of each buffer."
-)
+COMPLEX = "PyTorch treats a complex parameter as two real ones: convert its buffers as "
+COMPLEX += "torch.view_as_real, with optax.contrib.split_real_and_imaginary(optimizer)."
 FIXES = dict(float16=HALF, bfloat16=HALF, complex64=COMPLEX, complex128=COMPLEX)
 
 
-def check_entries(mapping, at, names, fix, exact=False):
-    """Raise ValueError if a mapping lacks entries or, if `exact`, has others."""
+def check_entries(mapping, at, names, fix, optional=None):
+    """Check that a dict has `names`, and no others but `optional` (None: any)."""
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{at} must be a dict, got {type(mapping).__name__}. {fix}")
     missing = [name for name in names if name not in mapping]
-    extra = [name for name in mapping if name not in {*names}] if exact else []
+    allowed = {*mapping} if optional is None else {*names, *optional}
+    extra = [name for name in mapping if name not in allowed]
     if missing or extra:
         raise ValueError(
             f"{at} must have the entries {[*names][:12]}; missing: {missing[:12]}, "
@@ -44,7 +42,7 @@ def buffer_names(names, options):
 def step_count(at, count):
     """Convert a number of steps to an int."""
     try:
-        number = float(np.asarray(_on_host(count)))
+        number = float(count if hasattr(count, "__float__") else np.asarray(count))
     except (TypeError, ValueError):
         number = np.nan
     if not (0 <= number < 2**31 and number == int(number)):
@@ -52,55 +50,61 @@ def step_count(at, count):
     return int(number)
 
 
-def check_dtype(at, x, allowed=("float32", "float64")):
+def check_dtype(at, x, allowed=REAL):
     """Raise ValueError if a dtype is not allowed, or is disabled in JAX."""
     dtype = getattr(x, "dtype", type(x).__name__)
     dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
     enabled = [x for x in allowed if jax.dtypes.canonicalize_dtype(x) == x]
     if dtype not in enabled:
-        fix = X64 if dtype in allowed else FIXES.get(dtype, "")
+        fix = FIXES.get(dtype, "")
+        if dtype in allowed:
+            fix = "Enable jax.config.jax_enable_x64, or cast it."
         raise ValueError(f"{at} must be {' or '.join(enabled)}, got {dtype}. {fix}")
 
 
-def check_finite(at, x):
-    """Raise ValueError if an array is not finite."""
-    finite = jnp.isfinite(x) if isinstance(x, jax.Array) else np.isfinite(x)
+def check_array(at, x, allowed=REAL):
+    """Check dtype and values of an array; return it as a JAX or a NumPy array."""
+    check_dtype(at, x, allowed)
+    if isinstance(x, jax.Array):
+        finite = jnp.isfinite(x)
+    else:
+        x = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+        finite = np.isfinite(x)
     if not finite.all():
         raise ValueError(
             f"{at} must be finite, got {int(finite.size - finite.sum())} of "
             f"{finite.size} elements that are not. Use an earlier checkpoint."
         )
+    return x
 
 
-def to_state(count, buffers, to_params):
-    """Build an RMSPropState from the buffers of another framework.
+def to_state(counts, buffers, to_params):
+    """Build a state from {field: {label: array}}, with E|g|^2 for `nu`.
 
-    Args:
-      count: number of steps taken.
-      buffers: {field: {name for error messages: array}}, with E|g|^2 for `nu`.
-      to_params: as in `rmsprop_jax.interop`.
+    Labels are for error messages, also in `counts`, {label: steps}, which may differ.
     """
-    arrays = {k: [_array(at, x) for at, x in b.items()] for k, b in buffers.items()}
+    count = max(step_count(at, x) for at, x in counts.items())
+    arrays = {}
     for field, buffer in buffers.items():
+        arrays[field] = [check_array(at, x) for at, x in buffer.items()]
         rows = zip(buffers["nu"], arrays["nu"], buffer, arrays[field], strict=True)
         for label, nu, at, x in rows:
             _check_buffer(field, label, nu, at, x)
     if "mu" in arrays:
         arrays["nu"] = variance(arrays["nu"], arrays["mu"])
-    trees = {}
+    trees: dict[str, Any] = dict(mu=None, trace=None)
     for field, given in arrays.items():
         tree = to_params([np.array(x) for x in given])
         _check_elements("to_params", given, jax.tree.leaves(tree))
         trees[field] = jax.tree.map(jnp.array, tree)
-    count = jnp.asarray(count, jnp.int32)
-    return RMSPropState(count, trees["nu"], trees.get("mu"), trees.get("trace"))
+    return RMSPropState(jnp.asarray(count, jnp.int32), **trees)
 
 
 def from_state(state, from_params):
     """Convert a state to buffers as {field: list}, with E|g|^2 for `nu`."""
     buffers = jax.tree_util.tree_map_with_path(
-        lambda path, x: _array(f"state{jax.tree_util.keystr(path)}", x),
-        storage.convert(state)._replace(count=None),
+        lambda path, x: check_array(f"state{jax.tree_util.keystr(path)}", x),
+        jax.device_get(storage.convert(state)._replace(count=None)),
     )
     if buffers.mu is not None:
         buffers = buffers._replace(nu=second_moment(buffers.nu, buffers.mu))
@@ -122,19 +126,6 @@ def second_moment(nu, mu):
     return jax.tree.map(lambda x, m: x + (m * m.conj()).real, nu, mu)
 
 
-def _on_host(x):
-    """Convert a PyTorch tensor to a form that NumPy reads; others pass through."""
-    return x.detach().cpu() if hasattr(x, "detach") else x
-
-
-def _array(at, x):
-    """Check an array of any framework and convert it to NumPy."""
-    check_dtype(at, x)
-    x = np.asarray(_on_host(x))
-    check_finite(at, x)
-    return x
-
-
 def _check_buffer(field, label, nu, at, x):
     """Raise ValueError if buffer x does not match its average of squares."""
     if (x.shape, x.dtype) != (nu.shape, nu.dtype):
@@ -154,7 +145,7 @@ def _check_buffer(field, label, nu, at, x):
 
 def _check_elements(name, given, returned):
     """Raise ValueError if the function `name` lost, repeated or changed elements."""
-    returned = [_array(f"{name}(...)[{i}]", x) for i, x in enumerate(returned)]
+    returned = [check_array(f"{name}(...)[{i}]", x) for i, x in enumerate(returned)]
     if _elements(given) != _elements(returned):
         old, new = ([f"{x.dtype}{list(x.shape)}" for x in y] for y in (given, returned))
         raise ValueError(

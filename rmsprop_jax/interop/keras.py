@@ -31,7 +31,7 @@ def from_keras(
       variables: the dict that `optimizer.save_own_variables` filled (the optimizer/vars
         group of a saved file), or `optimizer.variables`.
       config: result of `optimizer.get_config()`.
-      to_params: arranges a list of arrays as the pytree of parameters.
+      to_params: as in `rmsprop_jax.interop`.
       learning_rate: number or schedule to use instead of the stored one; required if
         `config` has a Keras schedule.
       weight_decay_mask: as in `rmsprop`; required after `exclude_from_weight_decay`,
@@ -65,13 +65,14 @@ def from_keras(
                 f"config[{name!r}] must be off, got {config[name]}. Chain what Optax "
                 "has for it, and pass config, and variables, without it."
             )
-    scheduled = not isinstance(config["learning_rate"], int | float | np.number)
-    if scheduled and learning_rate is None:
-        raise ValueError(
-            "config['learning_rate'] is a Keras schedule. Pass learning_rate, a number "
-            "or the equivalent Optax schedule."
-        )
-    head = ["iteration", "learning_rate"][: 1 if scheduled else 2]
+    head = ["iteration", "learning_rate"]
+    if not isinstance(config["learning_rate"], int | float | np.number):
+        head = ["iteration"]
+        if learning_rate is None:
+            raise ValueError(
+                "config['learning_rate'] is a Keras schedule. Pass learning_rate, a "
+                "number or the equivalent Optax schedule."
+            )
     names = arrange.buffer_names(NAMES, config)
     size, rest = divmod(len(variables) - len(head), len(names))
     if size < 1 or rest:
@@ -88,16 +89,15 @@ def from_keras(
     for i, x in enumerate(variables[len(head) :]):
         field, name = [*names.items()][i // size]
         buffers[field][f"variables['{i + len(head)}'] ({name})"] = x
-    count = arrange.step_count("variables['0'] (iteration)", variables[0])
+    count = {"variables['0'] (iteration)": variables[0]}
     state = arrange.to_state(count, buffers, to_params)
     if learning_rate is None:
         # Callbacks change this rate, not the one in config.
         learning_rate = float(np.asarray(variables[1]))
-    hyperparameters: dict[str, Any] = {name: config[name] for name in REQUIRED}
-    hyperparameters["learning_rate"] = learning_rate
-    hyperparameters["weight_decay"] = config.get("weight_decay")
-    optimizer = presets.keras(**hyperparameters, weight_decay_mask=weight_decay_mask)
-    return optimizer, state
+    options: dict[str, Any] = {name: config[name] for name in REQUIRED}
+    options["weight_decay"] = config.get("weight_decay")
+    options |= dict(learning_rate=learning_rate, weight_decay_mask=weight_decay_mask)
+    return presets.keras(**options), state
 
 
 def to_keras(
@@ -110,8 +110,7 @@ def to_keras(
 
     Args:
       state: state of `presets.keras`.
-      from_params: arranges the pytree of parameters as a list of arrays in the order of
-        the Keras variables.
+      from_params: as in `rmsprop_jax.interop`.
       learning_rate: its current value; None if the Keras optimizer has a schedule.
 
     Returns:

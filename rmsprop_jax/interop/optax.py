@@ -1,5 +1,6 @@
 """Convert state from and to `optax.rmsprop`, alone or inside other transformations."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,14 +9,11 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 
-from rmsprop_jax import storage
+from rmsprop_jax import checks, storage
 from rmsprop_jax.interop import arrange
 from rmsprop_jax.transform import RMSPropState
 
-DTYPES = ("float32", "float64", "complex64", "complex128")
-# Matched by name, because Optax exports only the types without a count.
-CORES = ("ScaleByRmsState", "ScaleByRmsWithCountState")
-CORES += ("ScaleByRStdDevState", "ScaleByRStdDevWithCountState")
+DTYPES = (*arrange.REAL, "complex64", "complex128")
 
 
 def from_optax(opt_state: Any, *, count: int = 0) -> Any:
@@ -23,20 +21,17 @@ def from_optax(opt_state: Any, *, count: int = 0) -> Any:
 
     Args:
       opt_state: state of `optax.rmsprop`, or of a chain or wrapper that contains it.
-      count: number of steps taken, used if the state has none (neither a
-        schedule nor `bias_correction`).
+      count: number of steps taken, used if the state does not contain it.
 
     Returns:
       The same state, with an RMSPropState in place of each state of `optax.rmsprop`,
       `optax.scale_by_rms` and `optax.scale_by_stddev`, for `rmsprop` or `scale_by_rms`
       with the same arguments. A chain of the same three parts is taken for
-      `optax.rmsprop`; convert only its first element. Arrays that need no change are
-      shared with `opt_state`.
+      `optax.rmsprop`; convert only its first element. Unchanged arrays are shared.
 
     Raises:
       ValueError: if there is no such state, an array is not finite or of half
-        precision, or centered is combined with bias_correction, which `rmsprop`
-        rejects.
+        precision, or bias_correction is combined with centered.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -49,12 +44,9 @@ def from_optax(opt_state: Any, *, count: int = 0) -> Any:
     References:
       Optax 0.2.8, optax/_src/alias.py and optax/_src/transform.py.
     """
-    count = arrange.step_count("count", count)
-    leaves, treedef = _flatten("opt_state", opt_state)
-    return treedef.unflatten(
-        _convert(f"opt_state{keystr(path)}", x, count) if _is_rmsprop(x) else x
-        for path, x in leaves
-    )
+    _check_contains_rmsprop("opt_state", opt_state)
+    convert = partial(_convert, arrange.step_count("count", count))
+    return jax.tree_util.tree_map_with_path(convert, opt_state, is_leaf=_is_rmsprop)
 
 
 def to_optax(state: Any, like: Any) -> Any:
@@ -81,23 +73,18 @@ def to_optax(state: Any, like: Any) -> Any:
     References:
       Optax 0.2.8, optax/_src/alias.py and optax/_src/transform.py.
     """
-    leaves, treedef = _flatten("like", like)
-    rows = zip(leaves, _match("state", state, treedef), strict=True)
-    return treedef.unflatten(
-        _convert_back(keystr(path), new, old) if _is_rmsprop(old) else new
-        for (path, old), new in rows
-    )
+    _check_contains_rmsprop("like", like)
+    return _map_like(_convert_back, (), like, state, _is_rmsprop)
 
 
-def _flatten(name, tree):
-    """Flatten a tree with paths, keeping each state of optax.rmsprop as a leaf."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_rmsprop)
-    if not any(_is_rmsprop(x) for _, x in leaves):
+def _check_contains_rmsprop(name, tree):
+    """Raise ValueError if a tree contains no state of optax.rmsprop."""
+    if not any(map(_is_rmsprop, jax.tree.leaves(tree, is_leaf=_is_rmsprop))):
         raise ValueError(
-            f"{name} must contain a state of optax.rmsprop, got {treedef}. Restore a "
-            "checkpoint into the result of Optax's init; an RMSPropState is converted."
+            f"{name} must contain a state of optax.rmsprop, got "
+            f"{jax.tree.structure(tree)}. Restore a checkpoint into the result of "
+            "Optax's init; an RMSPropState is converted."
         )
-    return leaves, treedef
 
 
 def _parts(x) -> Any:
@@ -109,23 +96,29 @@ def _is_rmsprop(x):
     """Return whether x is a state of optax.rmsprop, or of its first part alone."""
     core, *rest = _parts(x)
     none, lr, trace = optax.EmptyState, optax.ScaleByScheduleState, optax.TraceState
-    return type(core).__name__ in CORES and all(
+    # Matched by name, because Optax exports only the types without a count.
+    return type(core).__name__.startswith(("ScaleByRms", "ScaleByRStdDev")) and all(
         map(isinstance, rest, ((none, lr), (none, trace)))
     )
 
 
-def _convert(at, x, count):
+def _convert(count, path, x):
     """Convert an Optax state to an RMSPropState; `count` is used if it has none."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+    if not _is_rmsprop(x):
+        return x
+    at = f"opt_state{keystr(path)}"
+
+    def check(path, leaf):
         if path[-1] != jax.tree_util.GetAttrKey("count"):
-            arrange.check_dtype(at + keystr(path), leaf, DTYPES)
-            arrange.check_finite(at + keystr(path), leaf)
-    # Copied, because JAX would share memory with a NumPy array.
-    x = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jnp.array(a), x)
-    fields = {k: part for state in _parts(x) for k, part in state._asdict().items()}
+            arrange.check_array(at + keystr(path), leaf, DTYPES)
+        # Copied, because JAX would share memory with a NumPy array.
+        return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+
+    parts = _parts(jax.tree_util.tree_map_with_path(check, x))
+    fields = {k: part for state in parts for k, part in state._asdict().items()}
     nu, mu = optax.tree_utils.tree_real(fields["nu"]), fields.get("mu")
     if mu is not None:
-        if "count" in _parts(x)[0]._fields:
+        if "count" in parts[0]._fields:
             raise ValueError(
                 f"{at} is centered with bias_correction, which rmsprop refuses. Start "
                 "from init, without one of the two."
@@ -136,52 +129,40 @@ def _convert(at, x, count):
     return RMSPropState(count, nu, mu, trace)
 
 
-def _convert_back(path, state, like):
-    """Convert an RMSPropState to an Optax state."""
-    wanted = {name for part in _parts(like) for name in part._fields} | {"count"}
-    given = {k for k, x in getattr(state, "_asdict", dict)().items() if x is not None}
-    if given | {"count"} != wanted:
-        raise ValueError(
-            f"state{path} must be an RMSPropState with {sorted(wanted)} as in like, "
-            f"got {sorted(given)}. Make like with the options of the run."
-        )
+def _convert_back(path, like, state):
+    """Convert an RMSPropState to an Optax state; others pass through."""
+    if not _is_rmsprop(like):
+        return state
+    names = {name for part in _parts(like) for name in part._fields}
+    checks.state(state, "mu" in names, "trace" in names)
     fields = storage.convert(state)._asdict()
     if state.mu is not None:
         fields["nu"] = arrange.second_moment(fields["nu"], fields["mu"])
     fields["trace"] = jax.tree.map(jnp.negative, fields["trace"])
     parts = [x._replace(**{k: fields[k] for k in x._fields}) for x in _parts(like)]
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-    new = tuple(parts) if type(like) is tuple else parts[0]
-    new = _match(f"state{path}", new, treedef)
-    return treedef.unflatten(
-        _cast(path + keystr(keys), x, old)
-        for (keys, old), x in zip(leaves, new, strict=True)
-    )
+    return _map_like(_cast, path, like, tuple(parts) if len(parts) > 1 else parts[0])
 
 
-def _match(at, tree, treedef):
-    """Return the part of a tree at each leaf of `like`."""
-    try:
-        # An error prints the tree, so replace values by shapes.
-        treedef.flatten_up_to(jax.tree.map(np.shape, tree))
-    except ValueError as error:
-        raise ValueError(
-            f"{at} must have the tree structure of like. {error} Make like with the "
-            "parameters of the run, and with the same chain."
-        ) from None
-    return treedef.flatten_up_to(tree)
+def _map_like(function, path, like, tree, is_leaf=None):
+    """Map function(path, leaf, part of tree) over `like`, which is at `path`."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf)
+    # An error prints the tree, so replace values by shapes.
+    shapes = jax.tree.map(lambda x: str(np.shape(x)), tree)
+    checks.flatten_like(f"state{keystr(path)}", shapes, treedef)
+    rows = zip(leaves, treedef.flatten_up_to(tree), strict=True)
+    return treedef.unflatten(function((*path, *keys), x, y) for (keys, x), y in rows)
 
 
-def _cast(path, x, like):
+def _cast(path, like, x):
     """Cast x to the dtype of a leaf of `like`, whose shape it must have."""
+    at = keystr(path)
     if like.dtype != jnp.int32:
-        arrange.check_dtype(f"like{path}", like, DTYPES)
-        arrange.check_dtype(f"state{path}", x, DTYPES)
-        arrange.check_finite(f"state{path}", x)
+        arrange.check_dtype(f"like{at}", like, DTYPES)
+        arrange.check_array(f"state{at}", x, DTYPES)
     is_wider = jnp.iscomplexobj(x) and not jnp.iscomplexobj(like)
     if x.shape != like.shape or is_wider:
         raise ValueError(
-            f"state{path} must be {like.dtype}{list(like.shape)} as in like, got "
+            f"state{at} must be {like.dtype}{list(like.shape)} as in like, got "
             f"{x.dtype}{list(x.shape)}. Make like with the parameters of the run."
         )
     return x.astype(like.dtype)

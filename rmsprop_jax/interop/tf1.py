@@ -17,11 +17,11 @@ def from_tf1(
     """Convert the state of TensorFlow 1's RMSPropOptimizer to resume its run in JAX.
 
     Args:
-      slots: lists of arrays under "rms", under "mg" if centered, and under "momentum"
-        unless momentum was 0: `[optimizer.get_slot(w, "rms") for w in variables]`. In a
-        checkpoint, the slots of a variable w are called w/RMSProp, w/RMSProp_1 and
-        w/RMSProp_2, in this order. The legacy RMSprop of tf_keras has the same slots.
-      to_params: arranges a list of arrays as the pytree of parameters.
+      slots: `[optimizer.get_slot(w, "rms") for w in variables]` under "rms", the same
+        under "mg" if centered, and under "momentum" unless momentum was 0. A checkpoint
+        calls the slots of a variable w w/RMSProp, w/RMSProp_1 and w/RMSProp_2, in this
+        order. The legacy RMSprop of tf_keras has the same slots.
+      to_params: as in `rmsprop_jax.interop`.
       count: number of steps taken, which the slots do not contain.
 
     Returns:
@@ -41,25 +41,20 @@ def from_tf1(
     References:
       TensorFlow 2.21, tensorflow/python/training/rmsprop.py.
     """
-    arrange.check_entries(slots, "slots", ["rms"], "It is the slot that holds nu.")
-    options = dict(centered="mg" in slots, momentum="momentum" in slots)
-    names = arrange.buffer_names(NAMES, options)
-    arrange.check_entries(
-        slots, "slots", [*names.values()], "Remove others.", exact=True
-    )
-    lists = {name: slots[name] for name in names.values()}
-    sizes = {k: len(x) for k, x in lists.items() if isinstance(x, list | tuple)}
-    if len(sizes) < len(lists) or len({*sizes.values()}) > 1:
-        found = {k: sizes.get(k, type(x).__name__) for k, x in lists.items()}
+    fix = "Remove others; rms is the slot that holds nu."
+    arrange.check_entries(slots, "slots", ["rms"], fix, optional=["mg", "momentum"])
+    is_list = {k: isinstance(x, list | tuple) for k, x in slots.items()}
+    sizes = {k: len(x) if is_list[k] else type(x).__name__ for k, x in slots.items()}
+    if not is_list["rms"] or len({*sizes.values()}) > 1:
         raise ValueError(
-            f"slots must have lists with an array for each variable, got "
-            f"{found} (lengths or types)."
+            f"slots must have lists with an array for each variable, got {sizes}."
         )
     buffers = {
-        field: {f"slots[{name!r}][{i}]": x for i, x in enumerate(lists[name])}
-        for field, name in names.items()
+        field: {f"slots[{name!r}][{i}]": x for i, x in enumerate(slots[name])}
+        for field, name in NAMES.items()
+        if name in slots
     }
-    return arrange.to_state(arrange.step_count("count", count), buffers, to_params)
+    return arrange.to_state({"count": count}, buffers, to_params)
 
 
 def to_tf1(
@@ -69,8 +64,7 @@ def to_tf1(
 
     Args:
       state: state of `presets.tf1` or `presets.keras_legacy`.
-      from_params: arranges the pytree of parameters as a list of arrays in the order of
-        the TensorFlow variables.
+      from_params: as in `rmsprop_jax.interop`.
 
     Returns:
       Lists of arrays under "rms", "momentum" (zeros if momentum is off: TensorFlow

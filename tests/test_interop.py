@@ -249,6 +249,20 @@ def test_equal_groups_are_joined_in_their_order_and_continue_a_schedule():
     assert seen == [COUNT]
 
 
+@pytest.mark.parametrize("preset", [presets.torch, presets.sb3])
+def test_a_parameter_without_state_gets_the_initial_one(preset):
+    given, (_, whole) = saved("torch"), load("torch", saved("torch"))
+    del given["state_dict"]["state"][1]
+    if preset is presets.sb3:
+        del given["state_dict"]["param_groups"][0]["maximize"]
+    params = dict(enumerate(draw(4)))
+    optimizer, state = load("torch", given, preset=preset, params=params)
+    first = optimizer.init(to_params(draw(4)))
+    assert state.count == COUNT
+    for found, old, new in zip(state[1:], whole[1:], first[1:], strict=True):
+        assert_same(found, dict(kernel=old["kernel"], bias=new["bias"]))
+
+
 @pytest.mark.parametrize("options", [{}, BOTH], ids=["plain", "both"])
 def test_a_restored_state_of_optax_is_not_shared(options):
     params = draw_params(4)

@@ -45,7 +45,7 @@ TORCH = [
     (["state"], [], f"{AT} must be a dict, got list"),
     ((*FIRST, "params"), [], "state_dict['param_groups'] must have params, got none"),
     (SECOND, [0], "param_groups[1] must be a dict, got list"),
-    (["state", 1], GONE, f"{AT} must have the entries [0, 1]; missing: [1]...gradient"),
+    (["state", 1], GONE, f"{AT} must have the entries [0, 1]; missing: [1]...params"),
     (["state", 5], {}, f"{AT} must have the entries [0, 1]...extra: [5]"),
     (["state", 1, "step"], GONE, f"{AT}[1] must have...missing: ['step']"),
     (["state", 1, "grad_avg"], GONE, f"{AT}[1] must...missing: ['grad_avg']...match"),
@@ -131,6 +131,9 @@ def test_groups_and_presets_that_do_not_fit_are_refused():
         put(given, ["state_dict", *SECOND], GROUP | {"initial_lr": 0.1, name: 0.001})
         words = f"[1] has {name}=0.001...optax.partition"
         assert_refused("torch", given, words, lr=0.1)
+    given = saved("torch")
+    put(given, ["state_dict", "state", 1], GONE)
+    assert_refused("torch", given, "params[1] must be float32", params={1: [1.0]})
 
 
 # What to_params and from_params must not do to the arrays that they return.

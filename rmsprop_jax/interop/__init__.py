@@ -10,6 +10,12 @@ function that converts the parameters themselves, and compare the loss before an
 
 Two buffers differ in value: a centered `nu` is E|g|^2 elsewhere and
 E|g|^2 - |E g|^2 here, and Optax's momentum buffer has the opposite sign.
+
+PyTorch's LSTM has two biases where Flax has one; so do gates r and z of its GRU. Both
+have the same gradient and, without weight decay, the same state: cut one out of the
+row of bias_hh, add the biases, and double the updates of the sum with
+`optax.masked(optax.scale(2.0), mask)`. `tests/test_interop_groups.py` does this both
+ways, with frozen layers, and weight decay of kernels only.
 """
 
 from rmsprop_jax.interop.keras import from_keras, to_keras

@@ -14,7 +14,7 @@ Preset = Callable[..., optax.GradientTransformationExtraArgs]
 NAMES = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
 REQUIRED = ("params", "lr", "alpha", "eps", "weight_decay", "momentum", "centered")
 # Entries of a parameter group that do not change what a step computes.
-NEUTRAL = ("foreach", "capturable", "differentiable")
+NEUTRAL = ("foreach", "capturable", "differentiable", "initial_lr")
 
 
 def from_torch(
@@ -23,10 +23,11 @@ def from_torch(
     *,
     lr: optax.ScalarOrSchedule | None = None,
     preset: Preset | None = None,
+    params: Mapping[Any, Any] | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, RMSPropState]:
     """Convert the state of `torch.optim.RMSprop` to resume its run in JAX.
 
-    Convert parameter groups with different hyperparameters one at
+    Convert parameter groups with different hyperparameters (`l2` takes no mask) one at
     a time, with `optax.MaskedNode()` for the parameters of the others, and combine them
     with `optax.partition`: in the state that its `init` returns, replace `inner_states`
     by `{label: optax.MaskedState(state), ...}`.
@@ -37,6 +38,9 @@ def from_torch(
       lr: learning rate, or schedule, which continues at the saved step; None means that
         of the parameter group. Required if a PyTorch scheduler was used.
       preset: `presets.sb3` for Stable-Baselines3. PyTorch and timm are recognized.
+      params: `dict(enumerate(model.parameters()))`, required if some never had a
+        gradient: PyTorch has no state for them, and they get the initial one. Frozen
+        parameters must have None as gradient.
 
     Returns:
       The gradient transformation, with the hyperparameters of the group, and its state,
@@ -59,7 +63,7 @@ def from_torch(
     References:
       PyTorch 2.13, torch/optim/rmsprop.py.
     """
-    fix = "Pass optimizer.state_dict()."
+    fix, params = "Pass optimizer.state_dict().", params or {}
     arrange.check_entries(state_dict, "state_dict", ["state", "param_groups"], fix)
     rows, groups = state_dict["state"], state_dict["param_groups"]
     for k, group in enumerate(groups):
@@ -74,10 +78,15 @@ def from_torch(
     options = _to_floats({k: x for k, x in groups[0].items() if k in known})
     optimizer = preset(**options | ({} if lr is None else {"lr": lr}))
     names = arrange.buffer_names(NAMES, options)
-    fix = "PyTorch creates it in the first step. For a parameter that never has a "
-    fix += "gradient, remove it from params, and arrange optax.MaskedNode() instead."
-    arrange.check_entries(rows, "state_dict['state']", labels, fix, optional=())
-    rows = {at: rows[i] for i, at in labels.items()}
+
+    def initial_row(i):
+        state = optimizer.init(arrange.check_array(f"params[{i!r}]", params[i]))
+        return {"step": 0} | {name: getattr(state, k) for k, name in names.items()}
+
+    fix = "PyTorch has none if the parameter never had a gradient: pass params."
+    required = [i for i in labels if i not in params]
+    arrange.check_entries(rows, "state_dict['state']", required, fix, optional=labels)
+    rows = {at: rows[i] if i in rows else initial_row(i) for i, at in labels.items()}
     fix = "They must match centered and momentum of the parameter group."
     for at, row in rows.items():
         arrange.check_entries(row, at, ["step", *names.values()], fix, optional=())
@@ -105,7 +114,8 @@ def to_torch(
       preset: `presets.torch`, `timm` or `sb3`.
       **hyperparameters: `**optimizer.param_groups[0]` of an optimizer that was built
         with those of the run, or arguments of the preset, with the current `lr`, and
-        PyTorch's `foreach`, `capturable` and `differentiable`.
+        PyTorch's `foreach`, `capturable`, `differentiable` and `initial_lr`, which a
+        scheduler with `last_epoch` needs.
 
     Returns:
       A dict for `optimizer.load_state_dict`, with one parameter group, which replaces

@@ -21,7 +21,8 @@ def run(name, quick, folder):
     # Notebooks read QUICK in their first code cell; "" means no.
     os.environ["QUICK"] = "1" if quick else ""
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=1800, resources=resources).execute()
+    options = dict(timeout=1800, coalesce_streams=True)  # of progress bars the last line
+    NotebookClient(notebook, resources=resources, **options).execute()
     return notebook
 
 
@@ -32,7 +33,8 @@ def tidy(notebook):
         language_info=dict(name="python"),
     )
     for i, cell in enumerate(notebook.cells):
-        cell.id, cell.metadata = f"cell-{i}", {}
+        cell.id = f"cell-{i}"
+        cell.metadata.pop("execution", None)
 
 
 def main():

@@ -21,7 +21,7 @@ def run(name, quick, folder):
     # Notebooks read QUICK in their first code cell; "" means no.
     os.environ["QUICK"] = "1" if quick else ""
     resources = {"metadata": {"path": str(folder)}}
-    options = dict(timeout=1800, coalesce_streams=True)  # of progress bars the last line
+    options = dict(timeout=1800, coalesce_streams=True)  # of a bar the last line
     NotebookClient(notebook, resources=resources, **options).execute()
     return notebook
 

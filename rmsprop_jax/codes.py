@@ -1,6 +1,6 @@
-"""One byte per element: codes and scales of the storage format uint8.
+"""One byte per element: the codes and scales of the storage format uint8.
 
-For x >= 0, with a scale s, a power of 4, for each row (the last axis):
+Each row (the last axis) of x >= 0 has a scale s, a power of 4, and each element a code:
     code 0           x = 0
     code 1 to 23     1 code for each factor of 2, from s * 2^-59 to s * 2^-37
     code 23 to 39    2 codes for each factor of 2, from s * 2^-37 to s * 2^-29
@@ -8,19 +8,22 @@ For x >= 0, with a scale s, a power of 4, for each row (the last axis):
     code 87 to 223   8 codes for each factor of 2, from s * 2^-17 to s
     code 223 to 254  x = s * 4^(code - 223)
     code 255         NaN
-Up to s, this is floating point with a mantissa of 0 to 3 bits. The bits of a float32,
-taken as an integer, grow linearly between two such codes. The offset of the step is
-added to them before they are cut off: stored averages are then correct on average over
-steps. Rounded to nearest, the elements of a row could not move apart again. (Above s,
-2 is taken for the middle between powers of 4.)
+
+Up to s, a code is a floating-point number with a mantissa of 0 to 3 bits. The bits of a
+float32, taken as an integer, grow linearly between two such numbers, so the code with
+its fraction is a piecewise linear function of them. The rounding offset of the step is
+added before the fraction is cut off: stored averages are then correct on average over
+steps. Rounded to nearest, the elements of a row could not move apart again. (Above s, 2
+is taken for the middle between powers of 4.)
 
 s is the smallest power of 4 that is at least twice the maximum of the row one step
 earlier. Codes and the new maximum can therefore be written in the pass that computes x;
 a row that outgrows s uses codes above 223 for one step. When s changes by a power of 4,
-the numbers that codes can represent stay the same.
+the numbers that codes can represent stay the same. After one huge gradient, a row has
+less resolution until its largest average has decayed.
 
-After one huge gradient, a row has less resolution until its largest average has
-decayed.
+The scale of a row is stored as one bfloat16, (1 + n / 128) times the s of the next
+step; the s of its codes is 4^(n - 20).
 """
 
 import functools
@@ -28,8 +31,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# With the bits of x less those of s, divided by 2^(20 + shift): what to add to get the
-# code, for 8, 4, 2 and 1 codes for each factor of 2. The code is the largest of these.
+# Pairs (shift, code), for 8, 4, 2 and 1 codes for each factor of 2: up to s, code +
+# fraction is the largest of (bits of x - bits of s) / 2^(20 + shift) + code.
 LINES = ((0, 223), (1, 155), (2, 97), (3, 60))
 # The range of scales, as exponents of 4. With the smallest, codes reach up to 2^22, so
 # that the first gradients of a row are not lost.
@@ -41,11 +44,11 @@ def encode_dithered(x, scale, offset):
 
     Args:
       x: new values; float32.
-      scale: scale of the last step; bfloat16, like x with a last axis of size 1.
+      scale: scales that the last step returned; bfloat16, like x with a last axis of 1.
       offset: rounding offset of the step, as a fraction of 2^32; uint32 [].
 
     Returns:
-      Codes; uint8, like x. Their scale and that of the next step, packed like `scale`.
+      Codes, uint8 like x; scales of this step and the next, like `scale`.
     """
     exponent, _ = _unpack(scale)
     return _encode(x, exponent, (offset >> 12).astype(jnp.int32))
@@ -71,7 +74,8 @@ def decode(codes, scale):
         x = scale * (code.astype(jnp.float32) * (1 / 254)) ** 16
     else:
         _, exponent = _unpack(scale)
-        x = jnp.where(code == 0, 0, _float(_to_bits(code) + _scale_bits(exponent)))
+        bits = _to_bits(code) + _scale_bits(exponent)
+        x = jnp.where(code == 0, 0, bits.view(jnp.float32))
     return jnp.where(code == 255, jnp.nan, x)
 
 
@@ -80,15 +84,12 @@ def _encode(x, exponent, offset):
     known = ~jnp.isnan(x)
     # Bounded, because an infinite scale would lose the rest of the row.
     x = jnp.where(known, jnp.minimum(x, 4.0**LARGEST), 0)
+    # Packed, the maximum is one reduction, which all backends fuse with the rest.
     scale = jnp.max(_pack(_exponent(x), exponent), axis=-1, keepdims=True)
-    code = _to_codes(_bits(x) - _scale_bits(exponent)) + offset >> 20
+    code = _to_codes(x.view(jnp.int32) - _scale_bits(exponent)) + offset >> 20
     # On TPU, XLA writes what was converted from float32 in the same pass.
     codes = jnp.where(known, jnp.clip(code, 0, 254).astype(jnp.float32), 255)
     return codes.astype(jnp.uint8), scale.astype(jnp.bfloat16)
-
-
-def _scale_bits(exponent):
-    return 2 * exponent + 127 << 23
 
 
 def _to_codes(bits):
@@ -108,29 +109,23 @@ def _to_bits(codes):
 def _exponent(x):
     """Return the smallest exponent of a scale for which 4^exponent >= 2 * x >= 0."""
     # One unit in the last place less, so that a power of 2 is not above itself.
-    below = _bits(x) - 1
+    below = x.view(jnp.int32) - 1
     return jnp.clip((((below >> 23) - 126) >> 1) + 1, SMALLEST, LARGEST)
 
 
-def _pack(following, exponent):
-    """Pack two exponents of 4 in the upper half of a float32 that grows with the first.
+def _scale_bits(exponent):
+    """Return the bits of 4^exponent as a float32."""
+    return 2 * exponent + 127 << 23
 
-    The maximum of a row is then one reduction, which all backends fuse with the rest.
-    """
-    return _float((2 * following + 127 << 23) | (exponent - SMALLEST << 16))
+
+def _pack(following, exponent):
+    """Pack two exponents in the upper half of a float32 that grows with the first."""
+    return (_scale_bits(following) | (exponent - SMALLEST << 16)).view(jnp.float32)
 
 
 def _unpack(scale):
     """Return the exponents of 4 of the scale of the next step and of the codes."""
-    bits = _bits(scale.astype(jnp.float32))
+    bits = scale.astype(jnp.float32).view(jnp.int32)
     following = ((bits >> 23) - 127) >> 1
     # A state that was set to zeros has scales of 0.
     return jnp.maximum(following, SMALLEST), (bits >> 16 & 127) + SMALLEST
-
-
-def _bits(x):
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _float(bits):
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)

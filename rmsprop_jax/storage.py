@@ -1,19 +1,14 @@
 """Storage formats for optimizer state: float32 or float64, bfloat16, uint8.
 
-`decode` runs before the rule and `encode_dithered` after it, one array at a time; the
-rule does not depend on formats. It computes the update from the new average before that
-is rounded, so |u| <= 1 / sqrt(1 - decay) holds in every format.
+`decode` runs before the rule and `encode_dithered` after it, one array at a time. The
+update is computed from the new average before that is rounded, so |u| <= 1 / sqrt(1 -
+decay) holds in every format.
 
-float32, float64:
-    stored unchanged
-
-bfloat16, at step t:
-    the upper 16 of the 32 bits of x + the offset of the step, below 2^16
-  Rounded to nearest, an average would freeze once a step changes it by under 1/512.
-  The offset is the same for all elements, and is evenly distributed over the steps.
-
-uint8:
-    one code per element and one scale per row: `rmsprop_jax.codes`
+float32 and float64 are stored unchanged. uint8 has one code per element and one scale
+per row: `rmsprop_jax.codes`. bfloat16 is the upper 16 of the 32 bits of x + an offset
+below 2^16. Rounded to nearest instead, an average would freeze once a step changes it
+by less than 1/512. The offset is the same for all elements, and is evenly distributed
+over the steps.
 """
 
 import functools
@@ -26,36 +21,28 @@ import numpy as np
 from jax import export
 from jax.typing import DTypeLike
 
-from rmsprop_jax import codes, sharding
+from rmsprop_jax import codes, rule, sharding
 
 __all__ = ["Quantized", "convert"]
-
-PyTree = Any
 
 
 class Quantized(NamedTuple):
     """A moving average stored as one byte per element.
 
     Attributes:
-      codes: uint8, like params. Arrays that would gain little (fewer than 4,096
-        elements, fewer than two axes, or rows of fewer than 8) hold float32 values
-        instead of codes.
+      codes: pytree like params; uint8. Arrays that would gain little (fewer than 4,096
+        elements, fewer than two axes, or rows of fewer than 8) hold float32 values.
       scale: scales of each row, for this step and the next; bfloat16, like codes with a
-        last axis of size 1. If `codes` holds values, it has one unused element.
+        last axis of size 1. Beside float32 values, it has one unused element.
     """
 
-    codes: PyTree
-    scale: PyTree
+    codes: Any
+    scale: Any
 
     @property
     def shape(self):
         """Return the shape of the stored array, if the fields are arrays, not trees."""
         return self.codes.shape
-
-    @property
-    def dtype(self):
-        """Return the `nu_dtype` of this format."""
-        return jnp.dtype(jnp.uint8)
 
 
 # For jax.export of functions of a state.
@@ -69,20 +56,18 @@ def state_dtype(name: str, dtype: DTypeLike | None):
     if dtype is None:
         return None
     allowed = [jnp.float32, jnp.float64, jnp.bfloat16]
-    # Codes are unsigned, but momentum is signed.
-    allowed += [jnp.uint8] if name == "nu_dtype" else []
-    names = ", ".join(jnp.dtype(x).name for x in allowed)
+    if name == "nu_dtype":  # Codes are unsigned, but momentum is signed.
+        allowed.append(jnp.uint8)
     try:
-        if not isinstance(dtype, str | type | np.dtype):
-            raise TypeError
-        known = jnp.dtype(dtype)
+        known = jnp.dtype(dtype) if isinstance(dtype, str | type | np.dtype) else None
     except TypeError:
-        raise ValueError(
-            f"{name} must be {names} or None, got {dtype!r}. In "
-            "optax.inject_hyperparams, list it in static_args."
-        ) from None
+        known = None
     if known not in allowed:
-        raise ValueError(f"{name} must be {names} or None, got {known}.")
+        names = ", ".join(jnp.dtype(x).name for x in allowed)
+        raise ValueError(
+            f"{name} must be {names} or None, got {known or repr(dtype)}. In "
+            "optax.inject_hyperparams, list it in static_args."
+        )
     if known != jax.dtypes.canonicalize_dtype(known):
         raise ValueError(f"{name}={known} needs jax.config.jax_enable_x64.")
     return known
@@ -91,14 +76,12 @@ def state_dtype(name: str, dtype: DTypeLike | None):
 def is_supported(stored) -> bool:
     """Return whether an array, or a pair of codes and scale, has a known format."""
     if not isinstance(stored, Quantized):
-        floating = jnp.issubdtype(stored.dtype, jnp.inexact)
-        wide = floating and jnp.finfo(stored.dtype).bits >= 32
-        return wide or stored.dtype == jnp.bfloat16
-    kind, scale = stored.codes.dtype, stored.scale
-    if kind == jnp.uint8:
-        fits = scale.shape == (*stored.shape[:-1], 1)
+        return stored.dtype in (jnp.bfloat16, rule.at_least_float32(stored.dtype))
+    values, scale = stored
+    if values.dtype == jnp.uint8:
+        fits = scale.shape == (*values.shape[:-1], 1)
     else:
-        fits = kind == jnp.float32 and scale.size == 1
+        fits = values.dtype == jnp.float32 and scale.size == 1
     return fits and scale.dtype == jnp.bfloat16
 
 
@@ -108,25 +91,20 @@ def worth_quantizing(shape) -> bool:
 
 
 def initial(p, value, default_dtype, nu_dtype):
-    """Create the stored average of a parameter, with every element equal to `value`.
+    """Create the stored average of a parameter p, with every element equal to `value`.
 
-    Args:
-      p: parameter, whose shape and sharding the result has.
-      value: float or scalar array.
-      default_dtype: dtype of the average where `nu_dtype` is None.
-      nu_dtype: result of `state_dtype`.
+    `nu_dtype` is a result of `state_dtype`; None means `default_dtype`.
     """
+    full = functools.partial(sharding.full_like, p)
     if nu_dtype != jnp.uint8:
-        return sharding.full_like(p, p.shape, value, nu_dtype or default_dtype)
+        return full(p.shape, value, nu_dtype or default_dtype)
     if not worth_quantizing(p.shape):
-        values = sharding.full_like(p, p.shape, value, jnp.float32)
-        return Quantized(
-            values, sharding.full_like(p, (1,) * p.ndim, 1.0, jnp.bfloat16)
-        )
+        scale = full((1,) * p.ndim, 1.0, jnp.bfloat16)
+        return Quantized(full(p.shape, value, jnp.float32), scale)
     with jax.transfer_guard("allow"):
         code, scale = codes.encode_scalar(value)
-    scale = sharding.full_like(p, (*p.shape[:-1], 1), scale, jnp.bfloat16)
-    return Quantized(sharding.full_like(p, p.shape, code, jnp.uint8), scale)
+    scale = full((*p.shape[:-1], 1), scale, jnp.bfloat16)
+    return Quantized(full(p.shape, code, jnp.uint8), scale)
 
 
 def encode_nearest(x, dtype):
@@ -147,10 +125,7 @@ def encode_nearest(x, dtype):
 def encode_dithered(x, old, t):
     """Encode new values in the format of the old, correct on average over steps.
 
-    Args:
-      x: new values, with the shape and dtype of `decode(old)`.
-      old: array or Quantized of arrays; None if x is None.
-      t: number of this step; int32 [].
+    x has the shape and dtype of `decode(old)`, or both are None; t is an int32 [].
     """
     if isinstance(old, Quantized):
         if old.codes.dtype != jnp.uint8:
@@ -158,20 +133,20 @@ def encode_dithered(x, old, t):
         return Quantized(*codes.encode_dithered(x, old.scale, _dither(t)))
     if old is None or old.dtype != jnp.bfloat16:
         return x
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = x.view(jnp.uint32)
     # The largest number, infinity and NaN cannot be rounded up.
     last = bits & 0x7FFF0000 >= 0x7F7F0000
     bits = jnp.where(last, bits, bits + (_dither(t) >> 16)) & jnp.uint32(0xFFFF0000)
     # The cast is exact. A shift to 16 bits would split the kernel on TPU.
-    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+    return bits.view(jnp.float32).astype(jnp.bfloat16)
 
 
 def _dither(t):
     """Return the rounding offset of step t, as a fraction of 2^32; uint32 [].
 
     The van der Corput sequence, t with its bits reversed, is evenly distributed over
-    the steps, and over every nth step unless n is a multiple of a large power of 2. So
-    165/256 is added every 256 steps.
+    the steps, and over every nth step unless n is a multiple of a large power of 2, for
+    which 165/256 is added every 256 steps.
     """
     t = bits = t.astype(jnp.uint32)
     masks = (0xFFFF, 0xFF00FF, 0xF0F0F0F, 0x33333333, 0x55555555)
@@ -183,9 +158,9 @@ def _dither(t):
 def decode(stored) -> Any:
     """Decode a stored array to its values; None passes through."""
     if isinstance(stored, Quantized):
-        return (
-            stored.codes if stored.codes.dtype != jnp.uint8 else codes.decode(*stored)
-        )
+        if stored.codes.dtype == jnp.uint8:
+            return codes.decode(*stored)
+        stored = stored.codes
     if stored is None or stored.dtype != jnp.bfloat16:
         return stored
     return stored.astype(jnp.float32)
@@ -226,18 +201,13 @@ def convert(
       The formats: `rmsprop_jax.storage`.
     """
     check_state(state, "In the state of a chain, it is one of the elements.")
-    return _convert(
-        state,
-        state_dtype("nu_dtype", nu_dtype),
-        state_dtype("momentum_dtype", momentum_dtype),
-    )
+    nu_dtype = state_dtype("nu_dtype", nu_dtype)
+    return _convert(state, nu_dtype, state_dtype("momentum_dtype", momentum_dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _convert(state, nu_dtype, momentum_dtype):
     def change(buffer, dtype):
-        if buffer is None:
-            return None
         treedef = params_treedef(buffer)
         arrays = [encode_nearest(decode(x), dtype) for x in leaves(buffer, treedef)]
         return unflatten(treedef, arrays, dtype == jnp.uint8)
@@ -250,10 +220,7 @@ def _convert(state, nu_dtype, momentum_dtype):
 
 
 def check_state(state, fix):
-    """Raise ValueError if this is no RMSPropState, which is defined after this module.
-
-    A copy of one that a serialization library made is enough.
-    """
+    """Raise ValueError unless this is an RMSPropState or a copy with its fields."""
     if not (hasattr(state, "nu") and hasattr(state, "trace")):
         raise ValueError(
             f"state must be an RMSPropState, got {type(state).__name__}. {fix}"

@@ -12,13 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import (
-    AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    SingleDeviceSharding,
-)
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 __all__ = ["zero"]
 
@@ -26,21 +21,20 @@ __all__ = ["zero"]
 def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[str]]:
     """Return shardings that divide optimizer state over one axis of a device mesh.
 
-    Each array is divided along its largest axis that the mesh axis divides. Each row of
-    uint8 codes shares a scale and stays whole; in a state with codes, other arrays are
+    Each array is divided along its largest axis that the mesh axis divides. Rows of
+    uint8 codes stay whole, as each has a scale; in a state with codes, other arrays are
     also divided between rows where possible.
 
     Args:
-      state: the state of any transformation, or its shapes, as
-        `jax.eval_shape(tx.init, params)` returns them. Shardings that its arrays
-        already have on this mesh are kept and extended.
+      state: the state of any transformation, or its shapes, as from
+        `jax.eval_shape(tx.init, params)`. Shardings on this mesh are extended.
       mesh: mesh of the parameters.
       axis: name of the mesh axis over which parameters are replicated.
 
     Returns:
-      A NamedSharding for each array, for `out_shardings` or to restore a checkpoint,
-      and the key paths of the arrays that stay replicated over this axis because it
-      divides none of their axes; scalars are not listed.
+      A NamedSharding for each array, for `out_shardings` or to restore a checkpoint;
+      the key paths of arrays that are not divided, as this axis divides none of their
+      axes, except scalars.
 
     Raises:
       ValueError: if the mesh has no such axis.
@@ -71,67 +65,52 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
     has_codes = any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
 
     def place(path, x):
-        axes, memory_kind = _placement(x, mesh)
-        placed = any(axis in names for names in axes)
-        rows = x.ndim - 1 if has_codes else x.ndim
-        shard = [
-            size // math.prod(mesh.shape[name] for name in names)
-            for size, names in zip(x.shape, axes, strict=True)
-        ]
-        candidates = range(rows if x.dtype == jnp.uint8 else x.ndim)
-        divisible = [i for i in candidates if shard[i] % mesh.shape[axis] == 0]
-        if divisible and x.size and not placed:
-            best = max(divisible, key=lambda i: (i < rows, shard[i]))
-            axes[best] += (axis,)
-        elif x.size > 1 and not placed:
-            replicated.append(jax.tree_util.keystr(path))
-        return NamedSharding(mesh, PartitionSpec(*axes), memory_kind=memory_kind)
+        spec, memory_kind = P(), None
+        old = getattr(x, "sharding", None)
+        if isinstance(old, NamedSharding) and old.mesh.shape == mesh.shape:
+            spec, memory_kind = old.spec, old.memory_kind
+        shard = NamedSharding(mesh, spec).shard_shape(x.shape)
+        axes = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
+        axes += [()] * (x.ndim - len(axes))
+        if x.size and not any(axis in names for names in axes):
+            rows = x.ndim - 1 if has_codes else x.ndim
+            candidates = range(rows if x.dtype == jnp.uint8 else x.ndim)
+            divisible = [i for i in candidates if shard[i] % mesh.shape[axis] == 0]
+            if divisible:
+                axes[max(divisible, key=lambda i: (i < rows, shard[i]))] += (axis,)
+            elif x.size > 1:
+                replicated.append(jax.tree_util.keystr(path))
+        return NamedSharding(mesh, P(*axes), memory_kind=memory_kind)
 
     return jax.tree_util.tree_map_with_path(place, state), replicated
-
-
-def _placement(x, mesh):
-    """Return the mesh axes that divide each axis of an array, and its memory kind."""
-    spec, memory_kind = (), None
-    sharding = getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
-        spec, memory_kind = sharding.spec, sharding.memory_kind
-    spec = [*spec, *[None] * (x.ndim - len(spec))]
-    axes = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
-    return axes, memory_kind
 
 
 def full_like(p, shape, value, dtype):
     """Create an array filled with `value`, sharded like p along the axes they share.
 
-    Args:
-      p: array, tracer or ShapeDtypeStruct.
-      shape: shape of p, with some axes reduced to 1 if desired; or ().
-      value: float or scalar array; limited to the largest number of `dtype`.
-      dtype: dtype of the result.
+    `shape` is that of p with any axes reduced to 1, or (). p may be a ShapeDtypeStruct.
+    `value`, a float or scalar array, is limited to the largest number of `dtype`.
     """
     floating = jnp.issubdtype(dtype, jnp.inexact)
     largest = float(jnp.finfo(dtype).max) if floating else math.inf
-    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
-        value = float(value)
-    if isinstance(value, Tracer) and isinstance(p, jax.ShapeDtypeStruct):
+    if not isinstance(value, Tracer):
+        value = min(float(value), largest)
+    elif isinstance(p, jax.ShapeDtypeStruct):
         p = jnp.zeros(p.shape, p.dtype, device=p.sharding)
     if isinstance(p, Tracer) or isinstance(value, Tracer):
         return _traced_full_like(p, value, shape, dtype, largest)
     sharding = p.sharding
     if isinstance(sharding, NamedSharding) and shape != p.shape:
-        spec = zip(sharding.spec, shape, p.shape, strict=False)
-        spec = [axes if new == old else None for axes, new, old in spec]
+        sizes = zip(sharding.spec, shape, p.shape, strict=False)
+        spec = [axes if new == old else None for axes, new, old in sizes]
         while spec and spec[-1] is None:
             spec.pop()  # As in the outputs of jit: a change would recompile.
-        memory_kind = sharding.memory_kind
-        sharding = NamedSharding(
-            sharding.mesh, PartitionSpec(*spec), memory_kind=memory_kind
-        )
+        mesh, memory_kind = sharding.mesh, sharding.memory_kind
+        sharding = NamedSharding(mesh, P(*spec), memory_kind=memory_kind)
     elif not isinstance(sharding, NamedSharding | SingleDeviceSharding | None):
         return _traced_full_like(p, value, shape, dtype, largest)
     # Created on the host: a device would compile a program for each shape.
-    constant = np.asarray(min(value, largest)).astype(dtype)
+    constant = np.asarray(value).astype(dtype)
     with jax.transfer_guard("allow"):
         if sharding is None or not getattr(p, "committed", True):
             return jnp.array(np.broadcast_to(constant, shape))
@@ -145,9 +124,8 @@ def _traced_full_like(p, value, shape, dtype, largest):
         return jnp.full((), value, dtype)
     # Only values computed from p get its sharding. XLA does not fold a float times 0
     # before that, and a bool times 0 is 0 even where p is NaN.
-    nan = p != p
-    replaced = [i for i in range(p.ndim) if shape[i] != p.shape[i]]
-    nan = nan.any(axis=replaced, keepdims=True) if replaced else nan
+    replaced = tuple(i for i in range(p.ndim) if shape[i] != p.shape[i])
+    nan = (p != p).any(axis=replaced, keepdims=True)
     wide = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
     value = jnp.minimum(jnp.asarray(value).astype(wide), largest)
     return (nan.astype(wide) * 0 + value).astype(dtype)

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from rmsprop_jax import rmsprop, scale_by_rms
+from rmsprop_jax import rmsprop, scale_by_rms, storage
 
 
 def halving(count):
@@ -58,14 +59,19 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-def normal(seed, dtypes=("float32", "float32", "float32")):
-    """Return a random tree of a matrix (8, 4), a vector (8,) and a scalar."""
+def draw(seed, shapes, dtypes=None):
+    """Return a random tree of arrays with these shapes; float32 unless told."""
     random = np.random.default_rng(seed)
-    shapes = dict(matrix=(8, 4), vector=(8,), scalar=())
+    dtypes = dtypes or ["float32"] * len(shapes)
     return {
         name: jnp.asarray(random.normal(size=shape), dtype)
         for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True)
     }
+
+
+def normal(seed, dtypes=None):
+    """Return a random tree of a matrix (8, 4), a vector (8,) and a scalar."""
+    return draw(seed, dict(matrix=(8, 4), vector=(8,), scalar=()), dtypes)
 
 
 def run(tx, params, update=None, steps=3):
@@ -137,18 +143,14 @@ def mesh_of(*sizes, kind=AxisType.Auto, first=0):
     return Mesh(devices, names, axis_types=(kind,) * len(sizes))
 
 
-SPECS = dict(
-    matrix=PartitionSpec("data", "model"),
-    vector=PartitionSpec("model"),
-    scalar=PartitionSpec(),
-)
+SPECS = dict(matrix=P("data", "model"), vector=P("model"), scalar=P())
 
 
 def on_mesh(seed, kind=AxisType.Auto):
     """Return `normal(seed)` sharded over a mesh of 4 x 2."""
     mesh = mesh_of(4, 2, kind=kind)
-    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
-    return jax.device_put(normal(seed), shardings)
+    where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    return jax.device_put(normal(seed), where)
 
 
 def through_orbax(state, target, folder):
@@ -160,27 +162,23 @@ def through_orbax(state, target, folder):
 
 
 def through_flax(state, target, folder):
-    """Save a state with flax.serialization and restore it into a target."""
-    (folder / "state").write_bytes(flax.serialization.to_bytes(state))
-    return flax.serialization.from_bytes(target, (folder / "state").read_bytes())
+    """Serialize a state with Flax and restore it into a target."""
+    return flax.serialization.from_bytes(target, flax.serialization.to_bytes(state))
 
 
 def through_pickle(state, target, folder):
-    """Save a state with pickle and restore a copy of it."""
-    (folder / "state").write_bytes(pickle.dumps(state))
-    return copy.deepcopy(pickle.loads((folder / "state").read_bytes()))
+    """Restore a copy of a state from a pickle."""
+    return copy.deepcopy(pickle.loads(pickle.dumps(state)))
 
 
 SMALL = dict(nu_dtype="uint8", momentum_dtype="bfloat16")
 
 
-def draw(seed, shapes):
-    """Return a random tree of float32 arrays with these shapes."""
-    random = np.random.default_rng(seed)
-    return {
-        name: jnp.asarray(random.normal(size=shape), jnp.float32)
-        for name, shape in shapes.items()
-    }
+@partial(jax.jit, static_argnames="steps")
+def read_back(x, old, steps):
+    """Return the values of x as they are stored, like `old`, in each of these steps."""
+    encode = lambda t: storage.decode(storage.encode_dithered(x, old, t))  # noqa: E731
+    return jax.vmap(encode)(jnp.arange(1, steps + 1))
 
 
 def assert_within_an_ulp(state, other):

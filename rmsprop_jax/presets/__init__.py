@@ -2,8 +2,8 @@
 
 The preset of a framework takes the arguments of its original in the same order, so that
 porting a call changes only the name of the function; arguments that only affect
-execution, such as `foreach`, are left out. Each returns and raises as `rmsprop` does.
-The docstrings list differences from `rmsprop`; anything not mentioned is the same.
+execution, such as `foreach`, are left out. Each returns and raises as `rmsprop` does,
+and differs from it only as its docstring says.
 
 Hyperparameters may be traced, as in `rmsprop`. A coefficient of 0 turns its term off,
 as in the originals; an array of 0, as `optax.inject_hyperparams` makes, does not.
@@ -19,26 +19,7 @@ Example:
 """
 
 from rmsprop_jax.presets.frameworks import keras, keras_legacy, sb3, tf1, timm, torch
-from rmsprop_jax.presets.papers import (
-    a3c,
-    dqn,
-    efficientnet,
-    graves,
-    impala,
-    inception,
-)
+from rmsprop_jax.presets.papers import a3c, dqn, efficientnet, graves, impala, inception
 
-__all__ = [
-    "a3c",
-    "dqn",
-    "efficientnet",
-    "graves",
-    "impala",
-    "inception",
-    "keras",
-    "keras_legacy",
-    "sb3",
-    "tf1",
-    "timm",
-    "torch",
-]
+__all__ = ["a3c", "dqn", "efficientnet", "graves", "impala", "inception"]
+__all__ += ["keras", "keras_legacy", "sb3", "tf1", "timm", "torch"]

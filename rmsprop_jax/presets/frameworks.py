@@ -14,11 +14,11 @@ from rmsprop_jax import checks
 from rmsprop_jax.transform import PyTree, rmsprop
 
 LearningRate = optax.ScalarOrSchedule
-Transformation = optax.GradientTransformationExtraArgs
-Preset = TypeVar("Preset", bound=Callable[..., Transformation])
+Optimizer = optax.GradientTransformationExtraArgs
+Preset = TypeVar("Preset", bound=Callable[..., Optimizer])
 
 
-class StateDtypes(TypedDict, total=False):
+class Dtypes(TypedDict, total=False):
     """Keyword arguments that every preset passes to `rmsprop`."""
 
     nu_dtype: DTypeLike | None
@@ -26,12 +26,11 @@ class StateDtypes(TypedDict, total=False):
 
 
 def preset(function: Preset) -> Preset:
-    """Replace `**dtypes` in a signature by StateDtypes, and reject other arguments."""
-    parameters = [*inspect.signature(function).parameters.values()][:-1]
-    parameters += [
-        inspect.signature(rmsprop).parameters[k] for k in StateDtypes.__annotations__
-    ]
-    signature = inspect.signature(function).replace(parameters=parameters)
+    """Replace `**dtypes` in a signature by Dtypes, and reject other arguments."""
+    signature = inspect.signature(function)
+    *own, _ = signature.parameters.values()
+    dtypes = [inspect.signature(rmsprop).parameters[x] for x in Dtypes.__annotations__]
+    signature = signature.replace(parameters=own + dtypes)
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
@@ -63,8 +62,8 @@ def torch(
     centered: bool = False,
     *,
     maximize: bool = False,
-    **dtypes: Unpack[StateDtypes],
-) -> Transformation:
+    **dtypes: Unpack[Dtypes],
+) -> Optimizer:
     """Create the equivalent of `torch.optim.RMSprop`.
 
     PyTorch treats a complex parameter as two real ones. To do the same, wrap this in
@@ -102,7 +101,7 @@ def torch(
         updates = jax.tree.map(lambda g: g if checks.is_absent(g) else -g, updates)
         return tx.update(updates, state, params, **extra_args)
 
-    return Transformation(tx.init, update)
+    return Optimizer(tx.init, update)
 
 
 @preset
@@ -113,11 +112,9 @@ def tf1(
     epsilon: ArrayLike = 1e-10,
     *,
     centered: bool = False,
-    **dtypes: Unpack[StateDtypes],
-) -> Transformation:
-    """Create the equivalent of `tf.compat.v1.train.RMSPropOptimizer`.
-
-    `nu` starts at 1.
+    **dtypes: Unpack[Dtypes],
+) -> Optimizer:
+    """Create the equivalent of TensorFlow 1's `RMSPropOptimizer`; `nu` starts at 1.
 
     Args:
       learning_rate: learning rate or schedule.
@@ -131,15 +128,7 @@ def tf1(
       TensorFlow 2.21, tensorflow/python/training/rmsprop.py. It rounds hyperparameters
       to float32, so 0.9 is 0.9 - 2e-8 there; visible only in float64.
     """
-    return rmsprop(
-        learning_rate,
-        decay,
-        epsilon,
-        initial_scale=1.0,
-        centered=centered,
-        momentum=_none_if_zero(momentum),
-        **dtypes,
-    )
+    return timm(learning_rate, decay, epsilon, 0, momentum, centered, **dtypes)
 
 
 @preset
@@ -152,8 +141,8 @@ def keras(
     weight_decay: ArrayLike | None = None,
     *,
     weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
-    **dtypes: Unpack[StateDtypes],
-) -> Transformation:
+    **dtypes: Unpack[Dtypes],
+) -> Optimizer:
     """Create the equivalent of `keras.optimizers.RMSprop` of Keras 3.
 
     Args:
@@ -189,8 +178,8 @@ def keras_legacy(
     momentum: ArrayLike = 0.0,
     epsilon: ArrayLike | None = 1e-7,
     centered: bool = False,
-    **dtypes: Unpack[StateDtypes],
-) -> Transformation:
+    **dtypes: Unpack[Dtypes],
+) -> Optimizer:
     """Create the equivalent of Keras 2's `tf_keras.optimizers.legacy.RMSprop`.
 
     As in the original, an array counts as momentum even if it is 0: without momentum,
@@ -233,8 +222,8 @@ def timm(
     decoupled_decay: bool = False,
     *,
     lr_in_momentum: bool = True,
-    **dtypes: Unpack[StateDtypes],
-) -> Transformation:
+    **dtypes: Unpack[Dtypes],
+) -> Optimizer:
     """Create the equivalent of `timm.optim.RMSpropTF`.
 
     `nu` starts at 1. `caution` and `corrected_weight_decay` are not supported.
@@ -276,11 +265,9 @@ def sb3(
     weight_decay: ArrayLike = 0,
     momentum: ArrayLike = 0,
     centered: bool = False,
-    **dtypes: Unpack[StateDtypes],
-) -> Transformation:
-    """Create the equivalent of Stable-Baselines3's `RMSpropTFLike`.
-
-    `nu` starts at 1.
+    **dtypes: Unpack[Dtypes],
+) -> Optimizer:
+    """Create the equivalent of Stable-Baselines3's `RMSpropTFLike`; `nu` starts at 1.
 
     Args:
       lr: learning rate or schedule.

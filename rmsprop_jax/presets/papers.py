@@ -4,20 +4,12 @@ from typing import Unpack
 
 from jax.typing import ArrayLike
 
-from rmsprop_jax.presets.frameworks import (
-    LearningRate,
-    StateDtypes,
-    Transformation,
-    preset,
-    tf1,
-)
+from rmsprop_jax.presets.frameworks import Dtypes, LearningRate, Optimizer, preset, tf1
 from rmsprop_jax.transform import rmsprop
 
 
 @preset
-def graves(
-    learning_rate: LearningRate = 1e-4, **dtypes: Unpack[StateDtypes]
-) -> Transformation:
+def graves(learning_rate: LearningRate = 1e-4, **dtypes: Unpack[Dtypes]) -> Optimizer:
     """Create the RMSProp of Graves (2013), which is centered and has momentum.
 
     Args:
@@ -35,14 +27,14 @@ def graves(
 def dqn(
     learning_rate: LearningRate = 2.5e-4,
     eps: ArrayLike = 0.01,
-    **dtypes: Unpack[StateDtypes],
-) -> Transformation:
+    **dtypes: Unpack[Dtypes],
+) -> Optimizer:
     """Create the centered RMSProp of the Deep Q-Network (DQN) for Atari games.
 
     Args:
       learning_rate: learning rate or schedule.
-      eps: added inside the square root. The original loss is a sum over a batch of 32;
-        for a mean, pass 0.01 / 32**2, as DQN Zoo does.
+      eps: added inside the square root, in units of |g|^2. The original loss is a sum
+        over a batch of 32; for a mean, pass 0.01 / 32**2, as DQN Zoo does.
       **dtypes: `nu_dtype` and `momentum_dtype`, as in `rmsprop`.
 
     References:
@@ -53,9 +45,7 @@ def dqn(
 
 
 @preset
-def a3c(
-    learning_rate: LearningRate = 7e-4, **dtypes: Unpack[StateDtypes]
-) -> Transformation:
+def a3c(learning_rate: LearningRate = 7e-4, **dtypes: Unpack[Dtypes]) -> Optimizer:
     """Create the RMSProp of PFRL's reproduction of A3C: decay 0.99, eps 0.1.
 
     Args:
@@ -71,9 +61,7 @@ def a3c(
 
 
 @preset
-def impala(
-    learning_rate: LearningRate = 4.8e-4, **dtypes: Unpack[StateDtypes]
-) -> Transformation:
+def impala(learning_rate: LearningRate = 4.8e-4, **dtypes: Unpack[Dtypes]) -> Optimizer:
     """Create the RMSProp of IMPALA: `tf1` with decay 0.99 and epsilon 0.1.
 
     TorchBeast's IMPALA instead uses `torch(4.8e-4, alpha=0.99, eps=0.01)`.
@@ -89,9 +77,7 @@ def impala(
 
 
 @preset
-def inception(
-    learning_rate: LearningRate, **dtypes: Unpack[StateDtypes]
-) -> Transformation:
+def inception(learning_rate: LearningRate, **dtypes: Unpack[Dtypes]) -> Optimizer:
     """Create the RMSProp of Inception-v3: `tf1` with momentum 0.9 and epsilon 1.
 
     Args:
@@ -107,9 +93,7 @@ def inception(
 
 
 @preset
-def efficientnet(
-    learning_rate: LearningRate, **dtypes: Unpack[StateDtypes]
-) -> Transformation:
+def efficientnet(learning_rate: LearningRate, **dtypes: Unpack[Dtypes]) -> Optimizer:
     """Create the RMSProp of EfficientNet: `tf1` with momentum 0.9 and epsilon 1e-3.
 
     MnasNet and MobileNetV3 use the same.

@@ -8,6 +8,7 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 import optax
 
@@ -92,6 +93,8 @@ FORMATS = {
     "uint8": ours(jnp.uint8),
     "uint8, to nearest": rounded(nearest_uint8, 1 + 2 / SHAPE[-1]),
 }
+if importlib.util.find_spec("bitsandbytes"):
+    FORMATS["bitsandbytes, 8 bit"] = rounded(bitsandbytes, 1 + 4 / 256)
 
 
 def bytes_of(build):
@@ -101,19 +104,16 @@ def bytes_of(build):
     return getattr(build, "nbytes", counted)
 
 
-def errors(formats, decay, scale, kind):
+def errors(builds, decay, scale, kind):
     """Return the relative RMS error of g / sqrt(v), over all steps, of each format."""
-    txs = [build(decay) for build in formats]
+    txs = [build(decay) for build in builds]
 
-    @jax.jit
-    def run(states, grads):
-        def step(states, g):
-            pairs = [tx.update(g, s) for tx, s in zip(txs, states, strict=True)]
-            return [state for _, state in pairs], [u for u, _ in pairs]
+    def step(states, g):
+        pairs = [tx.update(g, s) for tx, s in zip(txs, states, strict=True)]
+        return [state for _, state in pairs], [u for u, _ in pairs]
 
-        return jax.lax.scan(step, states, grads)
-
-    states, v, squares = [tx.init(jnp.zeros(SHAPE)) for tx in txs], np.zeros(SHAPE), []
+    run = jax.jit(lambda states, grads: jax.lax.scan(step, states, grads))
+    states, v, squares = [tx.init(jnp.zeros(SHAPE)) for tx in txs], 0, []
     for grads in gradients(decay, scale, kind):
         states, updates = run(states, grads)
         exact = np.empty(grads.shape)
@@ -130,21 +130,17 @@ def table(decays=tuple(STEPS)):
     A column is a decay and the spread of sizes within a row of the array; a cell has
     the errors with gradients that are steady, that fall, and of which half fall.
     """
-    formats = dict(FORMATS)
-    if importlib.util.find_spec("bitsandbytes"):
-        formats["bitsandbytes, 8 bit"] = rounded(bitsandbytes, 1 + 4 / 256)
     columns = [(decay, scale) for decay in decays for scale in SCALES]
     found = [
-        [errors(formats.values(), *column, kind) for kind in KINDS]
+        [errors(FORMATS.values(), *column, kind) for kind in KINDS]
         for column in columns
     ]
     names = [f"decay {decay}, e^{scale[1]}" for decay, scale in columns]
-    print(f"| `nu` | bytes | {' | '.join(names)} |")
-    print("|---" * (2 + len(columns)) + "|")
-    rows = zip(formats.items(), np.moveaxis(found, 2, 0), strict=True)
+    measuring.heads("`nu`", "bytes", *names)
+    rows = zip(FORMATS.items(), np.moveaxis(found, 2, 0), strict=True)
     for (name, build), row in rows:
         cells = [", ".join(f"{100 * x:.2g}" for x in cell) + " %" for cell in row]
-        print(f"| {name} | {bytes_of(build):.3f} | {' | '.join(cells)} |")
+        measuring.row(name, f"{bytes_of(build):.3f}", *cells)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,6 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 ALL = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
-def run(name, quick, folder):
-    """Return the notebook with new outputs; raises if a cell does."""
-    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
-    # Notebooks read QUICK in their first code cell; "" means no.
-    os.environ["QUICK"] = "1" if quick else ""
-    resources = {"metadata": {"path": str(folder)}}
-    options = dict(timeout=1800, coalesce_streams=True)  # of a bar the last line
-    NotebookClient(notebook, resources=resources, **options).execute()
-    return notebook
-
-
 def tidy(notebook):
     """Remove what differs from run to run: execution times, the kernel's name."""
     notebook.metadata = dict(
@@ -37,19 +26,21 @@ def tidy(notebook):
         cell.metadata.pop("execution", None)
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=ALL, metavar="NAME")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true")
     flags = parser.parse_args()
+    # Notebooks read QUICK in their first code cell; "" means no.
+    os.environ["QUICK"] = "1" if flags.quick else ""
     for name in flags.names:
-        notebook = run(name, flags.quick, FOLDER)
+        path = FOLDER / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        resources = {"metadata": {"path": str(FOLDER)}}
+        options = dict(timeout=1800, coalesce_streams=True)  # of a bar the last line
+        NotebookClient(notebook, resources=resources, **options).execute()
         print(f"{name}: {len(notebook.cells)} cells ran", flush=True)
         if flags.write:
             tidy(notebook)
-            nbformat.write(notebook, FOLDER / f"{name}.ipynb")
-
-
-if __name__ == "__main__":
-    main()
+            nbformat.write(notebook, path)

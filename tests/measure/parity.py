@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 import optax
 import originals
@@ -52,27 +53,6 @@ def flat(leaves):
     return path.view(path.real.dtype).astype(np.float64)
 
 
-def run(build, cases, dtype, rates=RATES):
-    """Return the path [steps, n] of a transformation with each of several options.
-
-    All are compiled as one program. Complex parameters are split, as PyTorch does.
-    """
-    params, grads = problem(dtype)
-    rates, params = jnp.asarray(rates), list(map(jnp.asarray, params))
-    txs = [build(lambda count: rates[count], **options) for options in cases]
-    if "complex" in dtype:
-        txs = list(map(optax.contrib.split_real_and_imaginary, txs))
-
-    def step(runs, grads):
-        for i, (params, state) in enumerate(runs):
-            updates, state = txs[i].update(grads, state, params)
-            runs[i] = optax.apply_updates(params, updates), state
-        return runs, [params for params, _ in runs]
-
-    start = [(params, tx.init(params)) for tx in txs]
-    return list(map(flat, jax.jit(partial(jax.lax.scan, step))(start, grads)[1]))
-
-
 @contextlib.contextmanager
 def precision(dtype):
     """Enable 64-bit types if dtype is one of them, else disable them."""
@@ -84,38 +64,56 @@ def precision(dtype):
         jax.config.update("jax_enable_x64", before)
 
 
-class Row(NamedTuple):
-    """A preset and its original, with grids of options that both take.
+def run(build, cases, dtype, rates=RATES):
+    """Return the path [steps, n] of a transformation with each of several options.
 
-    The first of `dtypes` is the wide one, or None where the original has none.
+    All are compiled as one program. Complex parameters are split, as PyTorch does.
     """
+    with precision(dtype):
+        params, grads = problem(dtype)
+        rates, params = jnp.asarray(rates), list(map(jnp.asarray, params))
+        txs = [build(lambda count: rates[count], **options) for options in cases]
+        if "complex" in dtype:
+            txs = list(map(optax.contrib.split_real_and_imaginary, txs))
+
+        def step(runs, grads):
+            pairs = zip(txs, runs, strict=True)
+            runs = [measuring.step_of(tx)(*run, grads) for tx, run in pairs]
+            return runs, [params for params, _ in runs]
+
+        start = [(params, tx.init(params)) for tx in txs]
+        return list(map(flat, jax.jit(partial(jax.lax.scan, step))(start, grads)[1]))
+
+
+class Row(NamedTuple):
+    """A preset and its original, with grids of options that both take."""
 
     preset: str
     package: str
     title: str
-    original: Callable
+    original: Callable | None
     grids: tuple = ({},)
     dtypes: tuple = ("float64", "float32")
     golden: bool = True
 
     def cases(self):
-        for grid in self.grids:
-            for values in itertools.product(*grid.values()):
-                yield dict(zip(grid, values, strict=True))
+        """Return the options of each run."""
+        return [
+            dict(zip(grid, values, strict=True))
+            for grid in self.grids
+            for values in itertools.product(*grid.values())
+        ]
 
-    def ours(self, dtype):
-        with precision(dtype):
-            build = getattr(presets, self.preset, rmsprop)
-            return run(build, self.cases(), dtype)
-
-    def theirs(self, options, dtype, **fixed):
+    def theirs(self, cases, dtype, **fixed):
+        """Return the path [steps, n] of the original with each of several options."""
+        if self.original is None:
+            return run(optax.rmsprop, cases, dtype)
+        params, grads = problem(dtype)
+        steps = list(zip(zip(*grads, strict=True), RATES, strict=True))
+        original = partial(self.original, self.package)
         with precision(dtype), originals.quiet():
-            if self.package == "optax":
-                return run(optax.rmsprop, [options], dtype)[0]
-            params, grads = problem(dtype)
-            steps = zip(zip(*grads, strict=True), RATES, strict=True)
-            path = self.original(self.package, options, params, steps, **fixed)
-            return flat(list(zip(*path, strict=True)))
+            paths = [original(x, params, steps, **fixed) for x in cases]
+            return [flat(list(zip(*path, strict=True))) for path in paths]
 
 
 WITH = dict(momentum=(0.0, 0.9), centered=(False, True))
@@ -144,7 +142,7 @@ ROWS = (
     Row("torch", "torch", "complex", torch, TORCH, COMPLEX),
     Row("torch", "torch", "complex, foreach", foreach, TORCH, COMPLEX, False),
     Row("torch", "mlx", "RMSprop", originals.mlx),
-    Row("torch", "bitsandbytes", "RMSprop", bitsandbytes, (L2,), (None, "float32")),
+    Row("torch", "bitsandbytes", "RMSprop", bitsandbytes, (L2,), ("float32",), False),
     Row("tf1", "tensorflow", "RMSPropOptimizer", tensorflow, (WITH,)),
     Row("keras", "keras", "RMSprop", originals.keras, KERAS),
     Row("keras_legacy", "tf_keras", "legacy", tensorflow, LEGACY),
@@ -193,9 +191,11 @@ def differences(row, dtype):
 
     They are absolute, in float32 ulp of the parameters, and as a share of `tolerance`.
     """
-    found = []
-    for options, ours in zip(row.cases(), row.ours(dtype), strict=True):
-        off = np.abs(ours - row.theirs(options, dtype))
+    found, cases = [], row.cases()
+    paths = run(getattr(presets, row.preset, rmsprop), cases, dtype)
+    theirs = row.theirs(cases, dtype)
+    for options, ours, original in zip(cases, paths, theirs, strict=True):
+        off = np.abs(ours - original)
         centered = options.get("centered", row.preset in ("graves", "dqn"))
         share = off / tolerance(ours, centered, dtype)
         found.append([off.max(), (off / ulp(ours)).max(), share.max()])
@@ -203,27 +203,23 @@ def differences(row, dtype):
 
 
 def table():
-    """Print a line for each row as soon as it is known."""
+    """Print a row for each original as soon as it is known."""
     print(
         f"Largest difference in {STEPS} steps over all combinations of the options: in "
         "float64\nabsolute, of parameters around 1; in float32 in ulp of them; and as "
-        "a share of what\nrounding allows, which is 1e-12 in float64.\n\n"
-        "| preset | original | options | runs | float64 | float32 | of allowed |\n"
-        "|---|---|---|---|---|---|---|"
+        "a share of what\nrounding allows, which is 1e-12 in float64.\n"
     )
+    heads = "preset", "original", "options", "runs", "float64", "float32", "of allowed"
+    measuring.heads(*heads)
     for row in ROWS:
-        name, runs, cells, share = row.package, "not installed", ["-", "-"], "-"
-        if originals.installed(row.package):
-            name, runs = f"{name} {version(name)}", len([*row.cases()])
-            worst = {x: differences(row, x).max(0) for x in row.dtypes if x}
-            share = f"{max(x[2] for x in worst.values()):.0%}"
-            for i, dtype in enumerate(row.dtypes):
-                if dtype:
-                    absolute, in_ulp, _ = worst[dtype]
-                    cells[i] = f"{in_ulp:.1f}" if i else f"{absolute:.0e}"
-        options = ", ".join(dict.fromkeys(k for grid in row.grids for k in grid))
-        about = f"`{row.preset}` | {name}, {row.title} | {options or '-'} | {runs}"
-        print(f"| {about} | {' | '.join(cells)} | {share} |", flush=True)
+        name, runs, found = row.package, "not installed", ["-", "-", "-"]
+        if originals.installed(name):
+            name, runs = f"{name} {version(name)}", str(len(row.cases()))
+            *wide, single = worst = [differences(row, x).max(0) for x in row.dtypes]
+            found = f"{wide[0][0]:.0e}" if wide else "-", f"{single[1]:.1f}"
+            found += (f"{max(x[2] for x in worst):.0%}",)
+        options = ", ".join(dict.fromkeys(itertools.chain(*row.grids))) or "-"
+        measuring.row(f"`{row.preset}`", f"{name}, {row.title}", options, runs, *found)
 
 
 def kept(path):
@@ -235,10 +231,9 @@ def kept(path):
 def golden_cases():
     """Yield the row and the description of each case in golden.json."""
     for row in ROWS:
-        if row.golden and row.dtypes[0]:
-            for options in row.cases():
-                about = dict(preset=row.preset, beside=f"{row.package}, {row.title}")
-                yield row, about | dict(dtype=row.dtypes[0], options=options)
+        about = dict(preset=row.preset, beside=f"{row.package}, {row.title}")
+        for options in row.cases() if row.golden else ():
+            yield row, about | dict(dtype=row.dtypes[0], options=options)
 
 
 def write_golden():
@@ -248,7 +243,7 @@ def write_golden():
     if missing:
         raise SystemExit(f"golden.json needs these too: {', '.join(missing)}")
     lines = [
-        json.dumps(x | dict(params=kept(row.theirs(x["options"], x["dtype"]))))
+        json.dumps(x | dict(params=kept(*row.theirs([x["options"]], x["dtype"]))))
         for row, x in golden_cases()
     ]
     head = dict(made_by="python tests/measure/parity.py --golden")

@@ -6,29 +6,27 @@ its communication; then how compilation grows with the number of leaves. No arra
 allocated.
 """
 
+import itertools
 import math
 import re
-import time
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from measuring import BFLOAT16, BFLOAT16_MOMENTUM, MOMENTUM, UINT8
 
 from rmsprop_jax import rmsprop, sharding
 
-BFLOAT16, UINT8 = dict(nu_dtype=jnp.bfloat16), dict(nu_dtype=jnp.uint8)
-MOMENTUM = dict(momentum=0.9)
-SMALL_MOMENTUM = MOMENTUM | dict(momentum_dtype=jnp.bfloat16)
 FORMATS = {
     "float32": {},
     "bfloat16 nu": BFLOAT16,
     "uint8 nu": UINT8,
     "float32, momentum": MOMENTUM,
-    "bfloat16 nu and momentum": BFLOAT16 | SMALL_MOMENTUM,
-    "uint8 nu, bfloat16 momentum": UINT8 | SMALL_MOMENTUM,
+    "bfloat16 nu and momentum": BFLOAT16 | BFLOAT16_MOMENTUM,
+    "uint8 nu, bfloat16 momentum": UINT8 | BFLOAT16_MOMENTUM,
 }
 COLLECTIVE = re.compile(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(")
 
@@ -44,22 +42,25 @@ def transformer(mesh, layers=32, width=4096, hidden=11008, words=32000):
     Megatron-LM; uint8 state that is split along rows needs one maximum.
     """
 
-    def leaf(*shape, spec=None):
-        where = NamedSharding(mesh, spec or P())
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+    def leaves(names, *shape, split=None):
+        axes = ("model" if axis == split else None for axis in range(len(shape)))
+        where = NamedSharding(mesh, PartitionSpec(*axes))
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        return dict.fromkeys(names, leaf)
 
-    columns, rows = P(None, "model"), P("model", None)
-
-    def layer():
-        attention = {k: leaf(width, width, spec=columns) for k in ("q", "k", "v")}
-        attention["o"] = leaf(width, width, spec=rows)
-        dense = {k: leaf(width, hidden, spec=columns) for k in ("gate", "up")}
-        dense["down"] = leaf(hidden, width, spec=rows)
-        return attention | dense | {"norm": leaf(width), "other_norm": leaf(width)}
-
-    ends = dict(norm=leaf(width), head=leaf(width, words, spec=columns))
-    ends["embedding"] = leaf(words, width, spec=rows)
-    return ends | {f"layer_{i}": layer() for i in range(layers)}
+    layer = {
+        **leaves(["q", "k", "v"], width, width, split=1),
+        **leaves(["o"], width, width, split=0),
+        **leaves(["gate", "up"], width, hidden, split=1),
+        **leaves(["down"], hidden, width, split=0),
+        **leaves(["norm", "other_norm"], width),
+    }
+    return {
+        **leaves(["norm"], width),
+        **leaves(["head"], width, words, split=1),
+        **leaves(["embedding"], words, width, split=0),
+        **{f"layer_{i}": layer for i in range(layers)},
+    }
 
 
 def on_a_device(tree):
@@ -79,16 +80,12 @@ def row(name, params, mesh, spread):
         where, _ = sharding.zero(state, mesh, "data")
         state = jax.tree.map(shaped, state, where)
 
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     out_shardings = jax.tree.map(lambda p: p.sharding, params), where
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
-    begun = time.perf_counter()
-    text = jitted.lower(params, state, params).compile().as_text()
-    seconds = time.perf_counter() - begun
-    found = COLLECTIVE.findall(text)
+    step = measuring.step_of(tx)
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
+    args = params, state, params
+    program, seconds = measuring.timed(lambda: step.lower(*args).compile())
+    found = COLLECTIVE.findall(program.as_text())
     counts = [f"{found.count(kind)} {kind}" for kind in sorted(set(found))]
     return on_a_device(state), ", ".join(counts) or "none", seconds
 
@@ -98,40 +95,36 @@ def seconds_to_compile(build, leaves):
     jax.clear_caches()
     params = [jax.ShapeDtypeStruct((32, 32), jnp.float32)] * leaves
     tx = build(0.001, momentum=0.9)
-    state = jax.eval_shape(tx.init, params)
-    begun = time.perf_counter()
-    jax.jit(tx.update).lower(params, state, params).compile()
-    return time.perf_counter() - begun
+    args = params, jax.eval_shape(tx.init, params), params
+    return measuring.timed(lambda: jax.jit(tx.update).lower(*args).compile())[1]
 
 
-def table(mesh=None, leaves=(10, 100, 1000, 3000), **sizes):
+def table(leaves=(10, 100, 1000, 3000), **sizes):
     """Print a row for each format, with ZeRO and without, then one a number of leaves.
 
-    Without a mesh, this makes 256 CPU devices, so JAX must not have started before.
+    This makes 256 CPU devices, so JAX must not have started before.
     """
-    if mesh is None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", 256)
-        devices = np.array(jax.devices()).reshape(16, 16)
-        mesh = Mesh(devices, ("data", "model"))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 256)
+    devices = np.array(jax.devices()).reshape(16, 16)
+    mesh = Mesh(devices, ("data", "model"))
     params = transformer(mesh, **sizes)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    size = " x ".join(map(str, mesh.shape.values()))
     print(
         f"{count / 1e9:.2f} billion parameters in {len(jax.tree.leaves(params))} "
-        f"leaves, {on_a_device(params) / 1e6:.1f} MB on each of {size} devices.\n\n"
-        "| state | ZeRO | MB on a device | collectives of an update | compiled in |\n"
-        "|---|---|---|---|---|"
+        f"leaves, {on_a_device(params) / 1e6:.1f} MB on each of 16 x 16 devices.\n"
     )
-    for name in FORMATS:
-        for spread in (False, True):
-            held, found, seconds = row(name, params, mesh, spread)
-            cells = (name, "yes" if spread else "no", f"{held / 1e6:.1f}", found)
-            print("|", " | ".join(cells), f"| {seconds:.1f} s |", flush=True)
-    print("\n| leaves of 32 x 32 | compiled in | / optax |\n|---|---|---|")
+    columns = "MB on a device", "collectives of an update", "compiled in"
+    measuring.heads("state", "ZeRO", *columns)
+    for name, spread in itertools.product(FORMATS, (False, True)):
+        held, found, seconds = row(name, params, mesh, spread)
+        cells = f"{held / 1e6:.1f}", found, f"{seconds:.1f} s"
+        measuring.row(name, "yes" if spread else "no", *cells)
+    print()
+    measuring.heads("leaves of 32 x 32", "compiled in", "/ optax")
     for n in leaves:
         ours, theirs = (seconds_to_compile(x, n) for x in (rmsprop, optax.rmsprop))
-        print(f"| {n} | {ours:.2f} s | {ours / theirs:.2f} |", flush=True)
+        measuring.row(str(n), f"{ours:.2f} s", f"{ours / theirs:.2f}")
 
 
 if __name__ == "__main__":

@@ -13,31 +13,30 @@ ours with float32 state; `optax` is `optax.rmsprop` with float32 state; `torch` 
 import argparse
 import datetime
 import importlib.metadata
-import itertools
 import math
 import os
 import platform
 import re
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import measuring
 import numpy as np
 import optax
+from measuring import BFLOAT16, BFLOAT16_MOMENTUM, MOMENTUM, UINT8
 
 import rmsprop_jax
 from rmsprop_jax import diagnostics, storage
 
-MOMENTUM, CENTERED = dict(momentum=0.9), dict(centered=True, momentum=0.9)
+CENTERED = dict(centered=True, momentum=0.9)
 OPTIONS = {"plain": {}, "momentum": MOMENTUM, "centered + momentum": CENTERED}
-BFLOAT16, UINT8 = dict(nu_dtype=jnp.bfloat16), dict(nu_dtype=jnp.uint8)
 SMALL = {
     "bfloat16 nu": BFLOAT16,
     "uint8 nu": UINT8,
-    "bfloat16 nu and momentum": BFLOAT16 | MOMENTUM | dict(momentum_dtype=jnp.bfloat16),
+    "bfloat16 nu and momentum": BFLOAT16 | BFLOAT16_MOMENTUM,
 }
 LIBRARIES = (rmsprop_jax, optax)
 
@@ -69,66 +68,41 @@ def problem(shapes):
     return tuple([jnp.asarray(x * draw(y)) for x, y in pairs] for _ in range(2))
 
 
-def warm(run):
-    """Prepare a run that has everything in caches."""
-    return run
-
-
 def fresh(run):
-    """Prepare a run without anything in caches."""
+    """Empty all caches before a run."""
     jax.clear_caches()
     return run
 
 
-def interleaved(runs, rounds, prepare=warm):
+def interleaved(runs, rounds, prepare=None):
     """Return the median seconds of each run, prepared anew; they take turns."""
     seconds = {name: [] for name in runs}
-    for turn in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, run in runs.items():
-            function = prepare(run)
-            begun = time.perf_counter()
-            jax.block_until_ready(function())
-            if turn:
-                seconds[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+            seconds[name].append(measuring.timed(prepare(run) if prepare else run)[1])
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 
 def ratio(seconds, other):
     return f"{seconds['ours'] / seconds[other]:.2f}" if other in seconds else "-"
 
 
-def copy_bandwidth(size, rounds):
-    """Return the bytes per second of x = x + 1, in place, on float32 numbers."""
-    held = [jnp.ones(size, jnp.float32)]
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+class Stepper:
+    """Take compiled steps, with parameters and state donated."""
 
-    def run():
-        held[0] = add(held[0])
-        return held
+    def __init__(self, tx, params, grads):
+        self.held, self.grads = (jax.tree.map(jnp.copy, params), tx.init(params)), grads
+        step = jax.jit(measuring.step_of(tx), donate_argnums=(0, 1))
+        self.program = step.lower(*self.held, grads).compile()
 
-    return 8 * size / interleaved({"copy": run}, rounds)["copy"]
-
-
-def stepper(tx, params, grads):
-    """Return a function that takes one step, what it holds, and the program."""
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    held = [jax.tree.map(jnp.copy, params), tx.init(params)]
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(*held, grads).compile()
-
-    def run():
-        held[:] = program(*held, grads)
-        return held
-
-    return run, held, program
+    def __call__(self):
+        self.held = self.program(*self.held, self.grads)
+        return self.held
 
 
-def check(held, params, grads, centered):
+def check(new_params, params, grads, centered):
     """Compare the first step with the rule in float64, up to 2^20 numbers a leaf."""
-    for leaf in zip(held[0], params, grads, strict=True):
+    for leaf in zip(new_params, params, grads, strict=True):
         new, p, g = (np.asarray(x).ravel()[: 2**20].astype(np.float64) for x in leaf)
         v = 0.1 * g**2 - (0.1 * g) ** 2 * centered
         expected = p - 1e-3 * g / np.sqrt(v + 1e-8)
@@ -148,61 +122,59 @@ def torch_steppers(options, params, grads):
     leaves = [tensor(np.asarray(p)) for p in params]
     for leaf, g in zip(leaves, grads, strict=True):
         leaf.grad = tensor(np.asarray(g))
-    options = dict(options, lr=1e-3, alpha=0.9, foreach=gpu or None)
-    step = torch.optim.RMSprop(leaves, **options).step
+    common = dict(lr=1e-3, alpha=0.9, foreach=gpu or None)
+    step = torch.optim.RMSprop(leaves, **common, **options).step
     if not gpu:
         return {"torch": step}
     steps = {"torch": step, "compiled": torch.compile(step)}
     return {k: lambda x=x: (x(), torch.cuda.synchronize()) for k, x in steps.items()}
 
 
-def step_row(name, tree, shapes, rounds, bandwidth):
-    """Return the row of the compiled step with some options."""
+def compiled_step(name, tree, shapes, rounds, bandwidth):
+    """Print the row of the compiled step with some options."""
     options = (OPTIONS | SMALL)[name]
     wide = {k: x for k, x in options.items() if not k.endswith("_dtype")}
-    ours, float32 = (rmsprop_jax.rmsprop(1e-3, **x) for x in (options, wide))
-    txs = dict(ours=ours, optax=optax.rmsprop(1e-3, **wide))
+    txs = {
+        "ours": rmsprop_jax.rmsprop(1e-3, **options),
+        "optax": optax.rmsprop(1e-3, **wide),
+    }
     if wide != options:
-        txs["float32"] = float32
+        txs["float32"] = rmsprop_jax.rmsprop(1e-3, **wide)
     params, grads = problem(shapes)
-    steppers = {library: stepper(tx, params, grads) for library, tx in txs.items()}
-    for run, held, _ in steppers.values():
-        run()
-        check(held, params, grads, "centered" in options)
-    runs = {library: run for library, (run, *_) in steppers.items()}
-    seconds = interleaved(runs, rounds)
+    runs = {library: Stepper(tx, params, grads) for library, tx in txs.items()}
+    for run in runs.values():
+        check(run()[0], params, grads, "centered" in options)
+    seconds, ours = interleaved(runs, rounds), runs["ours"]
     others = torch_steppers(wide, params, grads)
-    against = interleaved(dict(ours=runs["ours"]) | others, rounds)
-    _, (_, state), program = steppers["ours"]
-    memory, count = program.memory_analysis(), sum(map(math.prod, shapes))
-    moved = 12 + 2 * sum(x.nbytes for x in jax.tree.leaves(state)) / count
-    return (
-        *(name, tree, ratio(seconds, "float32"), ratio(seconds, "optax")),
-        *(ratio(against, "torch"), ratio(against, "compiled"), f"{moved:.1f}"),
-        f"{moved * count / bandwidth / seconds['ours']:.2f}",
-        str(memory.temp_size_in_bytes if memory else "-"),
-    )
+    against = interleaved({"ours": ours} | others, rounds)
+    memory, count = ours.program.memory_analysis(), sum(map(math.prod, shapes))
+    moved = 12 + 2 * sum(x.nbytes for x in jax.tree.leaves(ours.held[1])) / count
+    share = moved * count / bandwidth / seconds["ours"]
+    ratios = [ratio(seconds, "float32"), ratio(seconds, "optax")]
+    ratios += [ratio(against, "torch"), ratio(against, "compiled")]
+    temporary = str(memory.temp_size_in_bytes) if memory else "-"
+    measuring.row(name, tree, *ratios, f"{moved:.1f}", f"{share:.2f}", temporary)
 
 
 def compare(what, leaves, beside, ours, other, rounds, prepare=fresh):
-    """Return the row of one run beside another."""
-    seconds = interleaved({"ours": ours, "other": other}, rounds, prepare)
-    return what, leaves, beside, ratio(seconds, "other")
+    """Print the row of our run beside another."""
+    seconds = interleaved({"ours": ours, beside: other}, rounds, prepare)
+    measuring.row(what, leaves, beside, ratio(seconds, beside))
 
 
 def many_leaves(count, rounds):
-    """Yield the rows of a tree of small leaves."""
+    """Print the rows of a tree of small leaves."""
     params, grads = problem(count * [(32, 32)])
     few, size = (rounds + 2) // 3, f"{count} x 32^2"
     to_compile = lambda lower: fresh(lower)().compile  # noqa: E731
     for name, options in OPTIONS.items():
         txs = [module.rmsprop(1e-3, **options) for module in LIBRARIES]
-        calls = [(tx.update, (grads, tx.init(params), params)) for tx in txs]
-        direct = [partial(update, *args) for update, args in calls]
-        lower = [partial(jax.jit(update).lower, *args) for update, args in calls]
-        yield compare(f"direct update, {name}", size, "optax", *direct, rounds, warm)
-        yield compare(f"trace + lower, {name}", size, "optax", *lower, few)
-        yield compare(f"compile, {name}", size, "optax", *lower, few, to_compile)
+        calls = [(tx.update, grads, tx.init(params), params) for tx in txs]
+        direct = [partial(*call) for call in calls]
+        lower = [partial(jax.jit(update).lower, *args) for update, *args in calls]
+        compare(f"direct update, {name}", size, "optax", *direct, rounds, None)
+        compare(f"trace + lower, {name}", size, "optax", *lower, few)
+        compare(f"compile, {name}", size, "optax", *lower, few, to_compile)
 
 
 def sweep(module, params, rates):
@@ -216,16 +188,16 @@ def sweep(module, params, rates):
 
 
 def first_use(count, rates, blocks, side, rounds):
-    """Yield the rows of what is slow the first time."""
+    """Print the rows of what is slow the first time."""
     tx = rmsprop_jax.rmsprop(1e-3)
     params, _ = problem([(8 + i, 16) for i in range(count)])
     inits = [partial(module.rmsprop(1e-3).init, params) for module in LIBRARIES]
-    yield compare("first use, init", f"{count} shapes", "optax", *inits, rounds)
+    compare("first use, init", f"{count} shapes", "optax", *inits, rounds)
 
     params = params[: count // 6]
     sweeps = [partial(sweep, module, params, rates) for module in LIBRARIES]
     what, size = f"first use, {rates} learning rates", f"{len(params)} shapes"
-    yield compare(what, size, "optax", *sweeps, rounds)
+    compare(what, size, "optax", *sweeps, rounds)
 
     metrics = partial(diagnostics.metrics, learning_rate=1e-3)
     convert = lambda _, state, __: storage.convert(state, **UINT8)  # noqa: E731
@@ -236,15 +208,14 @@ def first_use(count, rates, blocks, side, rounds):
         ("convert to uint8", convert, leaves[4:16]),
     ):
         params, grads = problem(shapes)
-        args = grads, tx.init(params), params
-        first, update = partial(function, *args), partial(tx.update, *args)
-        size = f"{len(shapes)} mixed"
-        yield compare(f"first use, {what}", size, "first update", first, update, rounds)
+        args, size = (grads, tx.init(params), params), f"{len(shapes)} mixed"
+        runs = partial(function, *args), partial(tx.update, *args)
+        compare(f"first use, {what}", size, "first update", *runs, rounds)
 
     params, grads = problem([(side, side)])
-    run, held, _ = stepper(tx, params, grads)
-    later = lambda: metrics(grads, *reversed(held))  # noqa: E731
-    yield compare("metrics", f"{side}^2", "step", later, run, rounds, warm)
+    step = Stepper(tx, params, grads)
+    later = lambda: metrics(grads, *reversed(step.held))  # noqa: E731
+    compare("metrics", f"{side}^2", "step", later, step, rounds, None)
 
 
 def about():
@@ -260,11 +231,16 @@ def about():
     return f"{datetime.date.today()}, {hardware}, {', '.join(listed)}"
 
 
-def table(heads, rows):
-    """Print a Markdown table, each row as soon as it is known."""
-    print(f"\n| {' | '.join(heads)} |\n{len(heads) * '|---'}|")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
+def copy_bandwidth(size, rounds):
+    """Return the bytes per second of x = x + 1, in place, on float32 numbers."""
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    held = [jnp.ones(size, jnp.float32)]
+
+    def run():
+        held[0] = add(held[0])
+        return held
+
+    return 8 * size / interleaved({"copy": run}, rounds)["copy"]
 
 
 def main():
@@ -275,19 +251,19 @@ def main():
     size, rounds, leaves = (2**20, 5, 100) if quick else (2**24, 21, 1000)
     first = (30, 4, 2, 1024, 1) if quick else (300, 20, 12, 4096, 3)
     bandwidth = copy_bandwidth(size, rounds)
-    print(f"{about()}; copy bandwidth {bandwidth / 1e9:.1f} GB/s.")
+    print(f"{about()}; copy bandwidth {bandwidth / 1e9:.1f} GB/s.\n")
 
-    def step_rows():
-        for tree, shapes in trees(quick).items():
-            large = max(map(math.prod, shapes)) > 2 * size
-            for name in ("plain", *list(SMALL)[:2]) if large else (*OPTIONS, *SMALL):
-                yield step_row(name, tree, shapes, 7 if large else rounds, bandwidth)
-
-    heads = ["step", "leaves", "/ float32", "/ optax", "/ torch", "/ compiled"]
-    heads += ["bytes a parameter", "of copy bandwidth", "temporary bytes"]
-    table(heads, step_rows())
-    rows = itertools.chain(many_leaves(leaves, rounds), first_use(*first))
-    table(["time of", "leaves", "beside", "ratio"], rows)
+    others = "/ float32", "/ optax", "/ torch", "/ compiled"
+    moved = "bytes a parameter", "of copy bandwidth"
+    measuring.heads("step", "leaves", *others, *moved, "temporary bytes")
+    for tree, shapes in trees(quick).items():
+        large = max(map(math.prod, shapes)) > 2 * size
+        for name in ("plain", *list(SMALL)[:2]) if large else (*OPTIONS, *SMALL):
+            compiled_step(name, tree, shapes, 7 if large else rounds, bandwidth)
+    print()
+    measuring.heads("time of", "leaves", "beside", "ratio")
+    many_leaves(leaves, rounds)
+    first_use(*first)
 
 
 if __name__ == "__main__":

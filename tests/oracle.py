@@ -16,22 +16,22 @@ def rmsprop(
     initial_scale=0.0,
     eps_in_sqrt=True,
     centered=False,
-    momentum=None,
+    momentum=0,
     nesterov=False,
     bias_correction=False,
     lr_in_momentum=True,
-    l2=None,
-    weight_decay=None,
+    l2=0,
+    weight_decay=0,
 ):
     """Return the updates [steps, ...] for gradients and parameters [steps, ...].
 
     `lr` is a schedule, or None for the bare ratio g / sqrt(v + eps).
     """
+    gs, ps = (np.asarray(x).astype(np.clongdouble) for x in (gs, ps))
     a = np.longdouble(decay)
     v, m, b, out = np.longdouble(initial_scale), 0, 0, []
-    for count, (g, p) in enumerate(zip(_wide(gs), _wide(ps), strict=True)):
-        if l2 is not None:
-            g = g + l2 * p
+    for count, (g, p) in enumerate(zip(gs, ps, strict=True)):
+        g = g + l2 * p
         v = a * v + (1 - a) * np.abs(g) ** 2
         m = a * m + (1 - a) * g
         var = v - np.abs(m) ** 2 if centered else v
@@ -43,18 +43,9 @@ def rmsprop(
             continue
         rate = lr(count)
         pushed = rate * u if lr_in_momentum else u
-        if momentum is None:
-            d = pushed
-        else:
-            b = momentum * b + pushed
-            d = pushed + momentum * b if nesterov else b
+        b = momentum * b + pushed
+        d = pushed + momentum * b if nesterov else b
         if not lr_in_momentum:
             d = rate * d
-        if weight_decay is not None:
-            d = d + rate * weight_decay * p
-        out.append(-d)
+        out.append(-d - rate * weight_decay * p)
     return np.stack(out)
-
-
-def _wide(x):
-    return np.asarray(x).astype(np.clongdouble)

@@ -35,13 +35,13 @@ def preset(function: Preset) -> Preset:
     @functools.wraps(function)
     def checked(*args, **kwargs):
         try:
-            call = signature.bind(*args, **kwargs)
+            signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(
                 f"presets.{function.__name__}() {error}; its arguments are "
                 f"{', '.join(signature.parameters)}."
             ) from None
-        return function(*call.args, **call.kwargs)
+        return function(*args, **kwargs)
 
     checked.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return checked  # pyright: ignore[reportReturnType]

@@ -46,7 +46,10 @@ def ours(dtype):
 
 
 def rounded(through, nbytes):
-    """Return `scale_by_rms` whose average passes through a format after each step."""
+    """Return `scale_by_rms` whose average passes through a format after each step.
+
+    It is kept as float32; `nbytes` is what the format would take per parameter.
+    """
 
     def build(decay):
         inner = scale_by_rms(decay, eps=0.0)
@@ -97,13 +100,6 @@ if importlib.util.find_spec("bitsandbytes"):
     FORMATS["bitsandbytes, 8 bit"] = rounded(bitsandbytes, 1 + 4 / 256)
 
 
-def bytes_of(build):
-    """Return the bytes of `nu` per parameter, counted in its arrays if it has them."""
-    nu = build(0.9).init(jnp.zeros(SHAPE)).nu
-    counted = sum(x.nbytes for x in jax.tree.leaves(nu)) / np.prod(SHAPE)
-    return getattr(build, "nbytes", counted)
-
-
 def errors(builds, decay, scale, kind):
     """Return the relative RMS error of g / sqrt(v), over all steps, of each format."""
     txs = [build(decay) for build in builds]
@@ -139,8 +135,10 @@ def table(decays=tuple(STEPS)):
     measuring.heads("`nu`", "bytes", *names)
     rows = zip(FORMATS.items(), np.moveaxis(found, 2, 0), strict=True)
     for (name, build), row in rows:
+        nu = jax.tree.leaves(build(0.9).init(jnp.zeros(SHAPE)).nu)
+        nbytes = getattr(build, "nbytes", sum(x.nbytes for x in nu) / np.prod(SHAPE))
         cells = [", ".join(f"{100 * x:.2g}" for x in cell) + " %" for cell in row]
-        measuring.row(name, f"{bytes_of(build):.3f}", *cells)
+        measuring.row(name, f"{nbytes:.3f}", *cells)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Diagnostics of training, computed from updates, optimizer state and parameters.
 
-The functions are pure, and the optimizer state stores nothing for them. They read each
-leaf twice, in any storage format; devices exchange only sums and extrema. `nu` and
-`eps` are those of `rmsprop_jax.rule`; `nu` is not bias-corrected.
+The functions are pure, under `jax.jit` or outside it, and the state stores nothing for
+them. They read each leaf twice, in any storage format; devices exchange only sums and
+extrema. `nu` and `eps` are those of `rmsprop_jax.rule`; `nu` is not bias-corrected.
 """
 
 import functools
@@ -33,15 +33,12 @@ def metrics(
 ) -> dict[str, jax.Array]:
     """Summarize the last step as a flat dict of float32 scalars for a logger.
 
-    Call it in the training step, under `jax.jit`, or after it. It takes about as long
-    as an update.
-
     Args:
       updates: the updates that `update` returned, or parameters after the step minus
         parameters before it. NNX changes them in place: copy them before the step.
       state: the state that `update` returned, or anything that holds it: the state of
         `optax.chain`, an `nnx.Optimizer`, a linen `TrainState`.
-      params: parameters, before or after the step.
+      params: the parameters, before or after the step.
       learning_rate: number, or schedule to evaluate for the last step. None omits the
         metrics of the learning rate.
       eps: the `eps` of the optimizer; each preset has its own default.
@@ -59,7 +56,7 @@ def metrics(
         effective_learning_rate_min, _mean, _max: over all coordinates; the mean is
           geometric. See `effective_learning_rate`.
         eps_share: fraction of coordinates in which eps exceeds the term that it is
-          added to, in [0, 1].
+          added to.
         nonfinite_updates, nonfinite_params, nonfinite_state: number of NaN and infinite
           elements; not per leaf.
 
@@ -77,10 +74,31 @@ def metrics(
       >>> print(f"{found['update_rms']:.3f} {found['param_rms']:.3f}")
       0.200 3.536
     """
-    state = _find(state)
-    learning_rate = None if learning_rate is None else _rate(learning_rate, state)
-    options = (_float32("eps", eps, 0), bool(eps_in_sqrt), bool(per_layer))
-    return _metrics(updates, state, params, learning_rate, *options)
+    state, treedef, stored = _find(state)
+    rate = None if learning_rate is None else _rate(learning_rate, state)
+    eps = _float32("eps", eps, 0)
+    paths = _by_path(treedef.unflatten([0.0] * len(stored)))
+    nu = {k: x for k, x in zip(paths, stored, strict=True) if math.prod(x.shape)}
+    trees, alike = dict(updates=_by_path(updates), params=_by_path(params)), True
+    for name, tree in trees.items():
+        for path, x in nu.items():
+            fits = path in tree and np.shape(tree[path]) == x.shape
+            if per_layer and not fits:
+                raise ValueError(
+                    f"per_layer needs {name} like those of init, got none of shape "
+                    f"{x.shape} at {path}; {name} are at {', '.join(tree)}."
+                )
+            alike &= fits
+    if not (nu and all(trees.values())):
+        raise ValueError("updates, state and params must hold numbers, got none.")
+    if alike:  # Leave out what this optimizer does not train.
+        trees = {name: {k: tree[k] for k in nu} for name, tree in trees.items()}
+
+    parts = jax.tree.map(_summarize, trees)
+    parts["nu"] = {k: _summarize_nu(x, eps, bool(eps_in_sqrt)) for k, x in nu.items()}
+    momentum = [_summarize(x) for x in jax.tree.leaves((state.mu, state.trace))]
+    (step,) = jax.tree.leaves(state.count)
+    return {"step": step} | _combine(parts, momentum, rate, bool(per_layer))
 
 
 def effective_learning_rate(
@@ -117,14 +135,9 @@ def effective_learning_rate(
       >>> print(diagnostics.effective_learning_rate(state, 0.1))
       [0.2   0.002]
     """
-    state = _find(state)
-    learning_rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
-    treedef = storage.params_treedef(state.nu)
-    rates = [
-        learning_rate / _denominator(x.astype(jnp.float32), eps, eps_in_sqrt)
-        for x in map(storage.decode, storage.leaves(state.nu, treedef))
-    ]
-    return treedef.unflatten(rates)
+    state, treedef, stored = _find(state)
+    rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
+    return treedef.unflatten(rate / _denominator(x, eps, eps_in_sqrt) for x in stored)
 
 
 def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
@@ -149,131 +162,92 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
       >>> print(edges[:-1][counts > 0], counts[counts > 0])
       [0.125] [5.]
     """
-    edges = np.concatenate([[0.0], 2.0 ** np.arange(-63, 65)])
-    return edges, _histogram(_find(state).nu)
-
-
-def _metrics(updates, state, params, learning_rate, eps, eps_in_sqrt, per_layer):
-    treedef = storage.params_treedef(state.nu)
-    stored = storage.leaves(state.nu, treedef)
-    paths = _by_path(treedef.unflatten([0.0] * len(stored)))
-    nu = {k: x for k, x in zip(paths, stored, strict=True) if math.prod(x.shape)}
-    trees, alike = dict(updates=_by_path(updates), params=_by_path(params)), True
-    for name, tree in trees.items():
-        for path, x in nu.items():
-            fits = path in tree and tree[path].shape == x.shape
-            if per_layer and not fits:
-                raise ValueError(
-                    f"per_layer needs {name} like those of init, got none of shape "
-                    f"{x.shape} at {path}; {name} are at {', '.join(tree)}."
-                )
-            alike &= fits
-    if not (nu and all(trees.values())):
-        raise ValueError("updates, state and params must hold numbers, got none.")
-    if alike:  # Leave out what this optimizer does not train.
-        rows = [(path, {k: tree[path] for k, tree in trees.items()}) for path in nu]
-    else:
-        rows = [("", {k: x}) for k, tree in trees.items() for x in tree.values()]
-    rows += [("", {"state": x}) for x in jax.tree.leaves((state.mu, state.trace))]
-
-    paths = [*nu, *(path for path, _ in rows)]
-    parts = [_summarize_nu(x, eps, eps_in_sqrt) for x in nu.values()]
-    parts += [_summarize(arrays) for _, arrays in rows]
-    layers = tuple(nu) if per_layer else ()
-    (count,) = jax.tree.leaves(state.count)
-    return {"step": count} | _combine(
-        parts, learning_rate, eps, eps_in_sqrt, tuple(paths), layers
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _combine(parts, learning_rate, eps, eps_in_sqrt, paths, layers):
-    """Compute the metrics of all leaves and of each layer from their statistics."""
-    total = reductions.merge(parts)
-    found = {name: x for name, x in total.items() if name.startswith("nonfinite")}
-    if learning_rate is not None:
-        found["learning_rate"] = learning_rate
-    groups = {"": total}
-    for path in layers:
-        own = (part for at, part in zip(paths, parts, strict=True) if at == path)
-        groups[f"/{path}"] = reductions.merge(own)
-    for end, sums in groups.items():
-        values = _describe(sums, learning_rate, eps, eps_in_sqrt)
-        found |= {f"{name}{end}": x for name, x in values.items()}
-    return found
-
-
-def _describe(sums, learning_rate, eps, eps_in_sqrt):
-    """Compute the metrics of a group of leaves from its statistics."""
-    size = sums["size"]
-    update_rms, param_rms = (
-        jnp.sqrt(sums[f"squares_{name}"] / sums[f"size_{name}"])
-        for name in ("updates", "params")
-    )
-    found = dict(
-        update_rms=update_rms,
-        param_rms=param_rms,
-        # 0 where parameters that are 0 did not move.
-        update_ratio=jnp.where(update_rms == 0, 0, update_rms / param_rms),
-        eps_share=sums["below_eps"] / size,
-    )
-    if learning_rate is not None:
-        for name, denominator in (
-            ("min", _denominator(sums["highest"], eps, eps_in_sqrt)),
-            ("mean", jnp.exp(sums["logs"] / size)),
-            ("max", _denominator(sums["lowest"], eps, eps_in_sqrt)),
-        ):
-            found[f"effective_learning_rate_{name}"] = learning_rate / denominator
-    return found
+    _, _, stored = _find(state)
+    return np.concatenate([[0.0], 2.0 ** np.arange(-63, 65)]), _histogram(stored)
 
 
 # Jitted for each leaf, so that leaves of the same shape are compiled only once.
+@jax.jit
+def _summarize(x):
+    return reductions.reduce(x, squares=jnp.square(jnp.abs(x).astype(jnp.float32)))
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def _summarize_nu(stored, eps, eps_in_sqrt):
     nu = storage.decode(stored).astype(jnp.float32)
-    return {"size": jnp.float32(nu.size)} | reductions.reduce(
-        lowest=nu,
-        highest=nu,
+    denominator = _denominator(nu, eps, eps_in_sqrt)
+    return reductions.reduce(
+        nu,
+        lowest=denominator,
+        highest=denominator,
+        logs=jnp.log(denominator),
         below_eps=nu < (eps if eps_in_sqrt else eps * eps),
-        nonfinite_state=~jnp.isfinite(nu),
-        logs=jnp.log(_denominator(nu, eps, eps_in_sqrt)),
     )
 
 
-@jax.jit
-def _summarize(arrays):
-    columns, sizes = {}, {}
-    for name, x in arrays.items():
-        columns[f"squares_{name}"] = jnp.square(jnp.abs(x).astype(jnp.float32))
-        columns[f"nonfinite_{name}"] = ~jnp.isfinite(x)
-        sizes[f"size_{name}"] = jnp.float32(x.size)
-    return sizes | reductions.reduce(**columns)
+@functools.partial(jax.jit, static_argnums=3)
+def _combine(parts, momentum, learning_rate, per_layer):
+    """Compute the metrics of all leaves, and of each, from their statistics."""
+    total = {name: reductions.merge(*tree.values()) for name, tree in parts.items()}
+    found = _describe(**total, learning_rate=learning_rate)
+    if learning_rate is not None:
+        found["learning_rate"] = learning_rate
+    found["nonfinite_updates"] = total["updates"]["nonfinite"]
+    found["nonfinite_params"] = total["params"]["nonfinite"]
+    found["nonfinite_state"] = sum(x["nonfinite"] for x in (total["nu"], *momentum))
+    for path in parts["nu"] if per_layer else ():
+        layer = {name: tree[path] for name, tree in parts.items()}
+        values = _describe(**layer, learning_rate=learning_rate)
+        found |= {f"{name}/{path}": x for name, x in values.items()}
+    return found
 
 
-def _denominator(nu, eps, eps_in_sqrt):
+def _describe(updates, params, nu, learning_rate):
+    """Compute the metrics of a leaf, or of all, from the statistics of each tree."""
+    update_rms = jnp.sqrt(_mean(updates, "squares"))
+    param_rms = jnp.sqrt(_mean(params, "squares"))
+    # 0 where parameters that are 0 did not move.
+    ratio = jnp.where(update_rms == 0, 0, update_rms / param_rms)
+    found = dict(update_rms=update_rms, param_rms=param_rms, update_ratio=ratio)
+    found["eps_share"] = _mean(nu, "below_eps")
+    if learning_rate is not None:
+        mean = jnp.exp(_mean(nu, "logs"))
+        found["effective_learning_rate_min"] = learning_rate / nu["highest"]
+        found["effective_learning_rate_mean"] = learning_rate / mean
+        found["effective_learning_rate_max"] = learning_rate / nu["lowest"]
+    return found
+
+
+def _mean(sums, name):
+    return sums[name] / (sums["finite"] + sums["nonfinite"])
+
+
+def _denominator(stored, eps, eps_in_sqrt):
+    nu = storage.decode(stored).astype(jnp.float32)
     return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
 
 
 @jax.jit
-def _histogram(nu):
-    stored = storage.leaves(nu, storage.params_treedef(nu))
-    counts = [reductions.histogram(storage.decode(x)) for x in stored]
+def _histogram(stored):
+    counts = (reductions.histogram(storage.decode(x)) for x in stored)
     return sum(counts, start=jnp.zeros(128))
 
 
 def _find(tree):
-    """Return the only RMSPropState in a tree."""
+    """Return the only RMSPropState in a tree, and the treedef and leaves of its nu."""
     found = optax.tree_utils.tree_get_all_with_path(
         tree, "RMSPropState", lambda _, x: isinstance(x, RMSPropState)
     )
     if len(found) != 1:
-        paths = ", ".join(jax.tree_util.keystr(path) for path, _ in found)
+        at = ", ".join(jax.tree_util.keystr(path) for path, _ in found)
         raise ValueError(
-            f"state must hold one RMSPropState, got {len(found)}"
-            f"{' at ' + paths if paths else ''}, in a {type(tree).__name__}. Pass the "
-            "state of rmsprop, or a tree that contains it and no other."
+            f"state must hold one RMSPropState, got {len(found)}{at and ' at ' + at}, "
+            f"in a {type(tree).__name__}. Pass the state of rmsprop, or a tree that "
+            "contains it and no other."
         )
-    return found[0][1]
+    state = found[0][1]
+    treedef = storage.params_treedef(state.nu)
+    return state, treedef, storage.leaves(state.nu, treedef)
 
 
 def _rate(learning_rate, state):

@@ -22,15 +22,14 @@ def training_curves(
     x: str = "epoch",
     by: str = "optimizer",
 ) -> None:
-    """Plot a logged value over time, with one line for each run.
+    """Plot a logged value over time, one line per run, with last values in the legend.
 
     Args:
       axes: matplotlib axes.
-      rows: logged values, one mapping per logged step, as from `csv.DictReader`; rows
-        without `x` or `value` are skipped.
+      rows: one mapping per step, as from `csv.DictReader`; values may be missing.
       value: key of the y-axis.
       x: key of the x-axis.
-      by: key that identifies the run. The legend shows each run with its last value.
+      by: key of the name of the run.
 
     Raises:
       ValueError: if no row has both keys.
@@ -64,7 +63,7 @@ def per_layer(
 
     Args:
       axes: matplotlib axes; the y-axis becomes logarithmic.
-      rows: logged metrics, one mapping per logged step.
+      rows: logged metrics, one mapping per step.
       value: name of the metric, without the path of a leaf.
       x: key of the x-axis.
 
@@ -80,12 +79,10 @@ def per_layer(
       >>> print(axes.get_legend_handles_labels()[1])
       ['a/kernel']
     """
-    rows, prefix = list(rows), f"{value}/"
+    rows, prefix, lines = list(rows), f"{value}/", {}
     keys = dict.fromkeys(k for row in rows for k in row if k.startswith(prefix))
-    lines = {
-        key.removeprefix(prefix): (_complete(rows, x, key), key)
-        for key in keys or [f"{prefix}..."]
-    }
+    for key in keys or [f"{prefix}..."]:
+        lines[key.removeprefix(prefix)] = _complete(rows, x, key), key
     _draw(axes, lines, x, value)
     axes.set_yscale("log")
 
@@ -97,9 +94,7 @@ def denominator(
     eps: float = 1e-8,
     eps_in_sqrt: bool = True,
 ) -> None:
-    """Plot a histogram of sqrt(nu), with a line at eps.
-
-    To the left of the line, eps dominates, and updates shrink with the gradient.
+    """Plot a histogram of sqrt(nu), and a line at eps, left of which eps dominates.
 
     Args:
       axes: matplotlib axes; the x-axis becomes logarithmic.
@@ -122,18 +117,18 @@ def denominator(
     share = 100 * counts / max(counts.sum(), 1)
     # The first bin begins at 0, which a logarithmic axis cannot show.
     axes.stairs(share[1:], edges[1:], fill=True, color="0.75", edgecolor="0.3")
+    used = edges[1:-1][share[1:] > 0]
     line = float(np.sqrt(eps) if eps_in_sqrt else eps)
-    used = np.append(edges[1:-1][share[1:] > 0], [line] * (line > 0))
     if line > 0:
+        used = np.append(used, line)
         name = "sqrt(eps)" if eps_in_sqrt else "eps"
         axes.axvline(line, color="black", linestyle="--", label=f"{name}: {line:.1g}")
     if used.size:
-        axes.set_xscale("log")
-        axes.set_xlim(used.min() / 10, used.max() * 10)
+        axes.set(xscale="log", xlim=(used.min() / 10, used.max() * 10))
     if share[0]:
         axes.plot([], [], " ", label=f"zero: {share[0]:.3g} %")
-    xlabel = "square root of nu [units of the gradient]"
-    axes.set(xlabel=xlabel, ylabel="coordinates [% per bin]")
+    axes.set_xlabel("square root of nu [units of the gradient]")
+    axes.set_ylabel("coordinates [% per bin]")
     if axes.lines:
         axes.legend()
 

@@ -1,6 +1,6 @@
-"""Statistics of large arrays in one pass: sums, counts and extrema by name."""
+"""Statistics of large arrays, each computed in one or two passes."""
 
-import operator
+import functools
 from typing import Any
 
 import jax
@@ -8,44 +8,40 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-EXTREMA = dict(lowest=(jax.lax.min, np.inf), highest=(jax.lax.max, -np.inf))
-SUM = (operator.add, 0)
+# How statistics merge, and the value for no elements; those not listed are added.
+MERGES = dict(lowest=jax.lax.min, highest=jax.lax.max)
+IDENTITIES = dict(lowest=np.inf, highest=-np.inf)
 
 
-def reduce(**columns):
-    """Reduce arrays of the same shape to float32 scalars; masks are counted.
+def reduce(x, **columns):
+    """Count the finite and the other elements of x, and reduce columns of its shape.
 
-    Counts and `EXTREMA` share one loop. Sums use `jnp.sum`, which compiles to a tree of
-    float32 additions: a plain loop would be imprecise.
+    Returns float32 scalars by name. Masks are counted; counts and `MERGES` share one
+    loop. Sums use `jnp.sum`, which compiles to a tree of float32 additions: a plain
+    loop would be imprecise.
     """
-    found, joint = {}, {}
-    for name, x in columns.items():
-        if x.dtype == bool:
-            x = x.astype(jnp.uint32 if x.size < 2**32 else jnp.float32)
-        if x.dtype == jnp.uint32 or name in EXTREMA:
-            joint[name] = x
+    # Both are counted, because XLA on CPU would store a mask that is counted alone.
+    columns |= dict(finite=jnp.isfinite(x), nonfinite=~jnp.isfinite(x))
+    found, joint, identities = {}, {}, {}
+    for name, column in columns.items():
+        if column.dtype == bool:
+            column = column.astype(jnp.uint32 if x.size < 2**32 else jnp.float32)
+        if column.dtype == jnp.uint32 or name in MERGES:
+            joint[name] = column
+            identities[name] = column.dtype.type(IDENTITIES.get(name, 0))
         else:
-            found[name] = jnp.sum(x)
+            found[name] = jnp.sum(column)
     if joint:
-        arrays = tuple(joint.values())
-        merges, identities = zip(*(EXTREMA.get(k, SUM) for k in joint), strict=True)
-        reduced = jax.lax.reduce(
-            arrays,
-            tuple(x.dtype.type(i) for x, i in zip(arrays, identities, strict=True)),
-            lambda x, y: tuple(f(*z) for f, *z in zip(merges, x, y, strict=True)),
-            tuple(range(arrays[0].ndim)),
-        )
-        found |= zip(joint, reduced, strict=True)
-    return {name: x.astype(jnp.float32) for name, x in found.items()}
+        found |= jax.lax.reduce(joint, identities, merge, range(x.ndim))
+    return {name: total.astype(jnp.float32) for name, total in found.items()}
 
 
-def merge(parts):
-    """Combine the statistics of several arrays by name."""
+def merge(*parts):
+    """Merge the statistics of arrays."""
     found = {}
-    for part in parts:
-        for name, x in part.items():
-            merge, _ = EXTREMA.get(name, SUM)
-            found[name] = merge(found[name], x) if name in found else x
+    for name in parts[0]:
+        values = (part[name] for part in parts)
+        found[name] = functools.reduce(MERGES.get(name, jax.lax.add), values)
     return found
 
 

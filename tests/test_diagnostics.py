@@ -1,7 +1,7 @@
 """Metrics equal those that NumPy computes in float64, in every format and on a mesh."""
 
-import functools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,43 +10,37 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import COMPILED, SMALL, mesh_of, refusal
+from helpers import COMPILED, SMALL, halving, mesh_of, refusal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rmsprop_jax import diagnostics, presets, reductions, rmsprop, scale_by_rms, storage
+from rmsprop_jax import diagnostics, reductions, rmsprop, scale_by_rms, storage
 
-SHAPES = dict(kernel=(64, 128), bias=(128,), large=(200, 200), scalar=())
-FORMATS = {"float32": {}, "bfloat16": dict(nu_dtype="bfloat16"), "uint8": SMALL}
-formats = pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+SHAPES = dict(kernel=(64, 128), bias=(128,), scalar=())
 
 
-def draw(seed, shapes=SHAPES):
+def draw(seed):
     """Return a tree whose elements differ in magnitude by ten decades."""
-    random = np.random.default_rng(seed)
-    decades = lambda shape: 10.0 ** random.integers(-8, 3, shape)  # noqa: E731
-    return {
-        name: jnp.asarray(random.normal(size=shape) * decades(shape), "float32")
-        for name, shape in shapes.items()
-    }
+    random, tree = np.random.default_rng(seed), {}
+    for name, shape in SHAPES.items():
+        x = random.normal(size=shape) * 10.0 ** random.integers(-8, 3, shape)
+        tree[name] = jnp.asarray(x, "float32")
+    return tree
 
 
-def halved(count):
-    return 0.1 * 0.5 ** count.astype("float32")
+def steps(tx, params):
+    """Return the gradients, updates and state of the second step."""
+    _, state = tx.update(draw(1), tx.init(params), params)
+    grads = draw(2)
+    return grads, *tx.update(grads, state, params)
 
 
-def steps(tx, params=None):
-    """Return the gradients, updates and state of the second step, and parameters."""
-    params = draw(0) if params is None else params
-    state = tx.init(params)
-    for seed in (1, 2):
-        grads = {name: draw(seed)[name].astype(p.dtype) for name, p in params.items()}
-        updates, state = tx.update(grads, state, params)
-    return grads, updates, state, params
+def counts(_, state, *__):
+    return diagnostics.histogram(state)[1]
 
 
 def flat(tree):
-    leaves = [np.ravel(np.asarray(x)) for x in jax.tree.leaves(tree)]
+    leaves = [np.ravel(x) for x in jax.tree.leaves(tree)]
     return np.concatenate(leaves).astype("float64")
 
 
@@ -65,88 +59,66 @@ def expected(updates, nu, params, rate, eps, eps_in_sqrt):
     )
 
 
-def assert_metrics(found, wanted, end=""):
-    for name, value in wanted.items():
-        np.testing.assert_allclose(found[name + end], value, rtol=1e-5, err_msg=name)
+@pytest.mark.parametrize(
+    ("options", "eps_in_sqrt"),
+    [({}, True), ({}, False), (dict(nu_dtype="bfloat16"), False), (SMALL, True)],
+    ids=["float32", "eps_outside", "bfloat16", "uint8"],
+)
+def test_metrics_equal_those_of_numpy(options, eps_in_sqrt):
+    how, params = dict(eps=1e-4, eps_in_sqrt=eps_in_sqrt), draw(0)
+    _, updates, state = steps(rmsprop(0.1, **options, **how), params)
+    found = diagnostics.metrics(updates, state, params, 0.1, **how, per_layer=True)
+    assert {x.dtype.name for x in found.values()} == {"float32", "int32"}
+    trees = updates, storage.convert(state, nu_dtype="float32").nu, params
+    for end in ("", *(f"/{name}" for name in SHAPES)):
+        arrays = (flat(tree[end[1:]] if end else tree) for tree in trees)
+        for name, wanted in expected(*arrays, 0.1, **how).items():
+            got = found.pop(f"{name}{end}")
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, err_msg=name + end)
+            assert end or name != "eps_share" or 0.05 < got < 0.95
+    nonfinite = {f"nonfinite_{name}": 0 for name in ("updates", "params", "state")}
+    assert found == dict(step=2, learning_rate=np.float32(0.1)) | nonfinite
 
 
 @pytest.mark.parametrize("eps_in_sqrt", [True, False])
-@formats
-def test_metrics_equal_those_of_numpy(options, eps_in_sqrt):
-    how = dict(eps=1e-4, eps_in_sqrt=eps_in_sqrt)
-    tx = rmsprop(0.1, centered=True, momentum=0.9, **options, **how)
-    _, *run = steps(tx)
-    found = diagnostics.metrics(*run, 0.1, **how, per_layer=True)
-    decoded = storage.convert(run[1], nu_dtype="float32").nu
-    wanted = expected(*map(flat, (run[0], decoded, run[2])), 0.1, **how)
-    assert 0.05 < wanted["eps_share"] < 0.95
-    rest = dict(step=2, learning_rate=0.1)
-    rest |= {f"nonfinite_{x}": 0 for x in ("updates", "params", "state")}
-    assert_metrics(found, wanted | rest)
-    layers = 0
-    for name in SHAPES:
-        trees = (flat(tree[name]) for tree in (run[0], decoded, run[2]))
-        assert_metrics(found, expected(*trees, 0.1, **how), f"/{name}")
-        layers += len(wanted)
-    assert len(found) == len(wanted) + len(rest) + layers
-    assert {x.dtype.name for x in found.values()} == {"float32", "int32"}
+def test_the_update_is_gradient_times_effective_learning_rate(eps_in_sqrt):
+    rate, how = 0.1 if eps_in_sqrt else halving, dict(eps=1e-6, eps_in_sqrt=eps_in_sqrt)
+    grads, updates, state = steps(rmsprop(rate, **how), draw(0))
+    factors = diagnostics.effective_learning_rate(state, rate, **how)
+    for name, factor in factors.items():
+        assert factor.dtype == jnp.float32
+        np.testing.assert_allclose(-factor * grads[name], updates[name], rtol=2e-6)
 
 
-@pytest.mark.parametrize("schedule", [0.1, halved], ids=["constant", "schedule"])
-@pytest.mark.parametrize(
-    ("build", "eps", "eps_in_sqrt"),
-    [
-        (rmsprop, 1e-8, True),
-        (functools.partial(rmsprop, centered=True, nu_dtype="float32"), 1e-8, True),
-        (presets.tf1, 1e-10, True),
-        (presets.keras, 1e-7, True),
-        (presets.torch, 1e-8, False),
-    ],
-    ids=["rmsprop", "centered", "tf1", "keras", "torch"],
-)
-def test_the_update_is_gradient_times_effective_learning_rate(
-    build, eps, eps_in_sqrt, schedule
-):
-    grads, updates, state, params = steps(build(schedule))
-    how = dict(eps=eps, eps_in_sqrt=eps_in_sqrt)
-    rates = diagnostics.effective_learning_rate(state, schedule, **how)
-    for name, g in grads.items():
-        assert rates[name].dtype == jnp.float32
-        np.testing.assert_allclose(-rates[name] * g, updates[name], rtol=2e-6)
-    found = diagnostics.metrics(updates, state, params, schedule)
-    assert found["learning_rate"] == (0.1 if schedule == 0.1 else np.float32(0.05))
+def test_the_learning_rate_is_that_of_the_last_step():
+    x = jnp.zeros(3)
+    state = rmsprop(0.1).init(x)
+    for count, rate in ((0, 0.1), (1, 0.1), (2, 0.05)):
+        found = diagnostics.metrics(x, state._replace(count=count), x, halving)
+        np.testing.assert_allclose(found["learning_rate"], rate, rtol=1e-6)
+    found = diagnostics.metrics(x, state, x)
+    assert not [name for name in found if "learning_rate" in name]
+    # Parameters of zero did not move.
+    assert found["update_ratio"] == 0
 
 
-def test_a_new_state_has_the_first_learning_rate():
-    params = draw(0)
-    found = diagnostics.metrics(params, rmsprop(halved).init(params), params, halved)
-    np.testing.assert_allclose(found["learning_rate"], 0.1)
-
-
-def in_train_state(params):
-    held = TrainState.create(apply_fn=None, params=params, tx=rmsprop(0.1))
-    return held.apply_gradients(grads=draw(1)).apply_gradients(grads=draw(2))
-
-
-HOLDERS = dict(
-    chain=lambda p: steps(optax.chain(optax.clip(1e9), rmsprop(0.1)), p)[2],
-    inject=lambda p: steps(optax.inject_hyperparams(rmsprop)(0.1), p)[2],
-    multi=lambda p: steps(optax.MultiSteps(rmsprop(0.1), 1), p)[2],
-    train_state=in_train_state,
-)
-
-
-@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-def test_the_state_is_found_in_any_container(hold, lenient):
-    _, updates, state, params = steps(rmsprop(0.1))
+def test_the_state_is_found_in_any_container(lenient):
+    tx, params = rmsprop(0.1), draw(0)
+    _, updates, state = steps(tx, params)
+    injected = optax.inject_hyperparams(rmsprop)(0.1).init(params)
     wanted = diagnostics.metrics(updates, state, params, 0.1)
-    assert_metrics(diagnostics.metrics(updates, hold(params), params, 0.1), wanted)
+    for held in (
+        (optax.EmptyState(), state),
+        injected._replace(inner_state=state),
+        optax.MultiSteps(tx, 1).init(params)._replace(inner_opt_state=state),
+        TrainState.create(apply_fn=None, params=params, tx=tx).replace(opt_state=state),
+    ):
+        assert diagnostics.metrics(updates, held, params, 0.1) == wanted
 
 
-@pytest.mark.parametrize("options", [{}, SMALL], ids=["float32", "uint8"])
-def test_an_nnx_optimizer_is_read(options, lenient):
+def test_an_nnx_optimizer_is_read(lenient):
     model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, rmsprop(0.1, **options), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, rmsprop(0.1, **SMALL), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer, x):
@@ -154,18 +126,14 @@ def test_an_nnx_optimizer_is_read(options, lenient):
         grads = nnx.grad(lambda m: (m(x) ** 2).mean())(model)
         optimizer.update(model, grads)
         after = nnx.state(model, nnx.Param)
-        updates = jax.tree.map(jnp.subtract, after, before)
-        how = dict(per_layer=True)
-        return grads, diagnostics.metrics(updates, optimizer, after, 0.1, **how)
+        args = jax.tree.map(jnp.subtract, after, before), optimizer, after, 0.1
+        return grads, diagnostics.metrics(*args, per_layer=True)
 
     grads, found = step(model, optimizer, jnp.ones((2, 64)))
-    nu = 0.1 * flat(grads) ** 2
-    wanted = expected(flat(grads), nu, flat(grads), 0.1, 1e-8, True)
-    name = "effective_learning_rate_min"
+    rates = 0.1 / np.sqrt(0.1 * flat(grads) ** 2 + 1e-8)
     # The first codes of a row are powers of 4.
-    rtol = 0.5 if options is SMALL else 0.01
-    np.testing.assert_allclose(found[name], wanted[name], rtol=rtol)
-    rates = 0.1 / np.sqrt(nu + 1e-8)
+    smallest = found["effective_learning_rate_min"]
+    np.testing.assert_allclose(smallest, rates.min(), rtol=0.5)
     rms = np.sqrt(np.mean((rates * flat(grads)) ** 2))
     np.testing.assert_allclose(found["update_rms"], rms, rtol=1e-4)
     layers = {k for k in found if k.startswith("update_rms/")}
@@ -173,55 +141,37 @@ def test_an_nnx_optimizer_is_read(options, lenient):
 
 
 def test_only_what_this_optimizer_trains_is_measured():
-    params = draw(0) | {"empty": jnp.zeros((0, 3)), "none": None}
-    params["frozen"] = jnp.full((5,), 1e6)
-    trained = rmsprop(0.1, nu_dtype="uint8")
-    mask = {name: name not in ("large", "none", "frozen") for name in params}
-    masked = optax.masked(trained, mask)
-    labels = {True: "trained", False: "frozen"}
-    parts = dict(trained=trained, frozen=optax.set_to_zero())
-    partition = optax.partition(parts, {k: labels[v] for k, v in mask.items()})
-    names = ("bias", "kernel", "scalar")
-    for tx in (masked, partition):
-        updates, state = tx.update(params, tx.init(params), params)
-        found = diagnostics.metrics(updates, state, params, 0.1, per_layer=True)
-        layers = {k for k in found if k.startswith("update_rms/")}
-        assert layers == {f"update_rms/{name}" for name in names}
-        rms = np.sqrt(np.mean(flat([params[k] for k in names]) ** 2))
-        np.testing.assert_allclose(found["param_rms"], rms, rtol=1e-5)
+    frozen = dict(frozen=jnp.full((5,), 1e6), none=None)
+    params = draw(0) | dict(empty=jnp.zeros((0, 3))) | frozen
+    parts = dict(yes=rmsprop(0.1, nu_dtype="uint8"), no=optax.set_to_zero())
+    labels = {name: "no" if name in frozen else "yes" for name in params}
+    state = optax.partition(parts, labels).init(params)
+    found = diagnostics.metrics(params, state, params, per_layer=True)
+    layers = {k for k in found if k.startswith("update_rms/")}
+    assert layers == {f"update_rms/{name}" for name in SHAPES}
+    rms = np.sqrt(np.mean(flat([params[name] for name in SHAPES]) ** 2))
+    np.testing.assert_allclose(found["param_rms"], rms, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("options", [{}, SMALL], ids=["float32", "uint8"])
+@pytest.mark.parametrize(
+    ("options", "kind"), [({}, AxisType.Auto), (SMALL, AxisType.Explicit)]
+)
 def test_on_a_mesh_only_sums_and_extrema_travel(options, kind):
-    shapes = dict(matrix=(64, 128), large=(256, 256), vector=(128,), scalar=())
-    specs = dict(matrix=P("data", "model"), large=P("data"), vector=P("model"))
-    mesh, params = mesh_of(4, 2, kind=kind), draw(0, shapes)
-    shardings = {k: NamedSharding(mesh, specs.get(k, P())) for k in shapes}
-    tx = rmsprop(0.1, **options)
-    updates, state = tx.update(params, tx.init(params))
-    spread = jax.device_put(params, shardings)
-    _, spread_state = tx.update(spread, tx.init(spread))
-    placed = (jax.device_put(updates, shardings), spread_state, spread)
-    lr = jnp.float32(0.1)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-30)
-    jax.tree.map(
-        close,
-        (diagnostics.metrics(*placed, lr), diagnostics.histogram(spread_state)),
-        (diagnostics.metrics(updates, state, params, lr), diagnostics.histogram(state)),
-    )
-    for f, args in (
-        (diagnostics.metrics, (*placed, lr)),
-        (lambda state: diagnostics.histogram(state)[1], (spread_state,)),
-    ):
-        program = jax.jit(f).lower(*args).compile().as_text()
-        moved = re.findall(r"= (.*) ((?:all|collective|reduce)-\S+?)\(", program)
-        sent = [x for x in moved if x[1] != "reduce-window"]
-        sizes = [re.findall(r"\[([\d,]*)\]", shape) for shape, _ in sent]
-        counts = [
-            np.prod([int(n) for n in x.split(",") if n]) for y in sizes for x in y
-        ]
-        assert 1 <= max(counts) <= 128
+    tx, params, mesh = rmsprop(0.1, **options), draw(0), mesh_of(4, 2, kind=kind)
+    specs = dict(kernel=P("data", "model"), bias=P("model"), scalar=P())
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    placed = jax.device_put(params, shardings)
+    args = *tx.update(params, tx.init(params)), params
+    like = placed, tx.init(placed), placed
+    spread = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), args, like)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-30)
+    for f in (partial(diagnostics.metrics, learning_rate=0.1), counts):
+        compiled = jax.jit(f).lower(*spread).compile()
+        jax.tree.map(close, compiled(*spread), f(*args))
+        collective = r"= (.*) (?:all|collective|reduce)-(?!window)\S+?\("
+        moved = " ".join(re.findall(collective, compiled.as_text()))
+        shapes = [x.split(",") for x in re.findall(r"\[([\d,]*)\]", moved)]
+        assert 1 <= max(np.prod([int(n or 1) for n in x]) for x in shapes) <= 128
 
 
 def test_parts_of_a_shard_map_are_measured_apart():
@@ -230,104 +180,71 @@ def test_parts_of_a_shard_map_are_measured_apart():
         found = diagnostics.metrics(updates, state, g, jnp.float32(1))
         return jax.tree.map(lambda x: x[None], found)
 
-    mesh, g = mesh_of(8, 1), draw(1)["kernel"]
-    found = jax.jit(
-        jax.shard_map(measure, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    )(g)
-    for i, part in enumerate(np.split(np.asarray(g, "float64"), 8)):
-        mean = np.exp(np.mean(-0.5 * np.log(0.1 * part**2 + 1e-8)))
-        name = "effective_learning_rate_mean"
-        np.testing.assert_allclose(found[name][i], mean, rtol=1e-5)
+    mesh, g = mesh_of(8, 1), draw(1)["bias"]
+    specs = dict(in_specs=P("data"), out_specs=P("data"))
+    found = jax.jit(jax.shard_map(measure, mesh=mesh, **specs))(g)
+    parts = np.asarray(g, "float64").reshape(8, -1)
+    means = np.exp(-0.5 * np.log(0.1 * parts**2 + 1e-8).mean(axis=1))
+    mean = found["effective_learning_rate_mean"]
+    np.testing.assert_allclose(mean, means, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [3, 512])
-@formats
-def test_nonfinite_elements_are_counted(options, rows):
-    bad = jnp.array([[jnp.nan, jnp.inf, -jnp.inf] + [1.0] * 93] * rows)
-    tx = rmsprop(0.1, momentum=0.9, centered=True, **options)
-    updates, state = tx.update(bad, tx.init(bad))
-    found = diagnostics.metrics(updates, state, bad, 0.1)
-    count = lambda *trees: sum(int((~jnp.isfinite(x)).sum()) for x in trees)  # noqa: E731
-    assert found["nonfinite_params"] == 3 * rows
-    assert found["nonfinite_updates"] == count(updates) > 0
-    buffers = [storage.decode(x) for x in state[1:]]
-    assert found["nonfinite_state"] == count(*buffers) > count(buffers[0]) > 0
+def test_nonfinite_elements_are_counted():
+    def bad(count):
+        values = jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan, jnp.inf, 1, 1, 1])
+        return jnp.where(jnp.arange(8) < count, values, 1)
+
+    state = rmsprop(0.1, momentum=0.9, centered=True).init(bad(0))
+    state = state._replace(nu=bad(1), mu=bad(2), trace=bad(4))
+    found = diagnostics.metrics(bad(3), state, bad(5), 0.1)
+    names = [f"nonfinite_{name}" for name in ("updates", "params", "state")]
+    assert [found[name] for name in names] == [3, 5, 1 + 2 + 4]
 
 
-@formats
-def test_the_histogram_equals_that_of_numpy(options):
-    nu = draw(1) | {"zeros": jnp.zeros(3), "bad": jnp.array([jnp.nan, jnp.inf])}
+def test_the_histogram_equals_that_of_numpy():
     powers = np.float32(4) ** np.arange(-62, 63, dtype="float32")
-    nu |= dict(powers=jnp.array(powers), below=jnp.array(np.nextafter(powers, 0)))
-    state = scale_by_rms().init(nu)._replace(nu=jax.tree.map(jnp.abs, nu))
-    state = storage.convert(state, nu_dtype=options.get("nu_dtype"))
-    edges, counts = diagnostics.histogram(state)
+    edge = [0, 0, 0, np.nan, np.inf, *powers, *np.nextafter(powers, 0)]
+    nu = dict(matrix=jnp.abs(draw(1)["kernel"]), edge=jnp.array(edge, "float32"))
+    state = scale_by_rms().init(nu)._replace(nu=nu)
+    state = storage.convert(state, nu_dtype="uint8")
+    edges, found = diagnostics.histogram(state)
     root = np.sqrt(flat(storage.convert(state, nu_dtype="float32").nu))
     wanted = np.histogram(root[np.isfinite(root)], edges)[0]
-    np.testing.assert_array_equal(counts, wanted)
-    assert counts.dtype == jnp.float32 and edges[0] == 0 and counts[0] >= 3
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == jnp.float32 and edges[0] == 0 and found[0] >= 3
 
 
-def test_parameters_of_zero_that_did_not_move_have_a_ratio_of_zero():
-    params = jnp.zeros(3)
-    state = rmsprop(0.1).init(params)
-    assert diagnostics.metrics(params, state, params)["update_ratio"] == 0
-
-
-def test_each_number_of_a_large_leaf_is_read_in_few_passes():
+def test_each_number_of_a_large_leaf_is_read_at_most_twice():
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     state = jax.eval_shape(rmsprop(0.1).init, x)
-    for f, args, passes in (
-        (diagnostics.metrics, (x, state, x, jnp.float32(0.1)), 5),
-        (lambda state: diagnostics.histogram(state)[1], (state,), 2),
-    ):
-        program = jax.jit(f).lower(*args).compile().as_text()
+    for f, leaves in ((diagnostics.metrics, 3), (counts, 1)):
+        program = jax.jit(f).lower(x, state, x).compile().as_text()
         main = program[program.index("\nENTRY") :]
-        large = re.findall(
-            r"^ *(?:ROOT )?%(\S+) = f32\[1024,1024\].*parameter", main, re.M
-        )
-        operands = re.findall(r" (?:fusion|reduce|call)\(([^)]*)\)", main)
-        read = sum(any(f"%{p}" in found for p in large) for found in operands)
-        assert len(large) >= 1 and 1 <= read <= passes
-
-
-def test_leaves_of_one_shape_are_traced_once():
-    def traced(leaves):
-        params = [jnp.ones((7, leaves))] * leaves
-        state = rmsprop(0.1).init(params)
-        before = len(COMPILED)
-        text = jax.jit(diagnostics.metrics).lower(params, state, params).as_text()
-        return text.count("stablehlo.reduce("), len(COMPILED) - before
-
-    assert traced(2) == traced(20)
+        large = re.findall(r"%(\S+) = f32\[1024,1024\].* parameter\(", main)
+        assert len(large) == leaves
+        for name in large:
+            reads = rf" (?:fusion|reduce|call)\([^)]*%{re.escape(name)}[,)]"
+            assert 1 <= len(re.findall(reads, main)) <= 2
+        # No mask is stored.
+        assert f is counts or "u32[1024,1024]" not in main
 
 
 def test_leaves_of_one_shape_are_compiled_once():
-    def compiled(leaves, *shapes):
-        params = [jnp.ones(shape) for shape in shapes * leaves]
-        state = rmsprop(0.1).init(params)
-        before = len(COMPILED)
-        diagnostics.metrics(params, state, params, 0.1, per_layer=True)
-        return sum("backend" in event for event in COMPILED[before:])
-
-    # Two programs for each shape and one that combines what they return.
-    assert compiled(7, (7, 4), (7, 5), (7, 6)) == 7
-    assert compiled(2, (7, 2)) == compiled(20, (7, 3))
-    params = {"a": jnp.ones(3)}
+    params = [jnp.ones((7, n)) for n in (4, 5)] * 2
     state = rmsprop(0.1).init(params)
-    diagnostics.metrics(params, state, params, 0.1, eps=1e-3)
     before = len(COMPILED)
-    diagnostics.metrics(params, state, params, 0.2, eps=1e-4)
+    diagnostics.metrics(params, state, params, 0.1, eps=1e-3, per_layer=True)
+    # Two programs for each shape and one that combines what they return.
+    assert sum("backend" in event for event in COMPILED[before:]) == 5
+    before = len(COMPILED)
+    diagnostics.metrics(params, state, params, 0.2, eps=1e-4, per_layer=True)
     assert COMPILED[before:] == []
 
 
 def test_complex_and_low_precision_leaves_are_measured_and_integers_are_not():
     params = {"h": jnp.full((3,), 2.0**-10, "bfloat16"), "z": jnp.full((3,), 3e-3j)}
-    tx = rmsprop(0.1)
-    _, state = tx.update(params, tx.init(params))
-    rates = diagnostics.effective_learning_rate(state, 0.1)
-    assert {x.dtype.name for x in jax.tree.leaves(rates)} == {"float32"}
-    more = params | {"count": jnp.arange(4), "key": jax.random.key(0)}
+    state = rmsprop(0.1).init(params)
+    more = params | {"count": jnp.arange(4), "key": jax.random.key(0), "x": 1.0}
     more["none"] = np.zeros(2, jax.dtypes.float0)
     found = diagnostics.metrics(params, state, more, 0.1, per_layer=True)
     rms = np.sqrt((2.0**-20 + 9e-6) / 2)
@@ -337,22 +254,6 @@ def test_complex_and_low_precision_leaves_are_measured_and_integers_are_not():
     other = {"x": params["h"], "n": jnp.arange(4)}
     found = diagnostics.metrics(other, state, params)
     np.testing.assert_allclose(found["update_rms"], 2.0**-10)
-    assert "learning_rate" not in found and "update_rms" in found
-
-
-def test_split_complex_parameters_have_two_rates(lenient):
-    params = {"z": jnp.array([1 + 2j, 1e-9j]), "x": jnp.array([2.0, 0.0])}
-    tx = optax.contrib.split_real_and_imaginary(presets.torch(0.1))
-    updates, state = tx.update(params, tx.init(params), params)
-    how = dict(eps_in_sqrt=False)
-    rates = diagnostics.effective_learning_rate(state, 0.1, **how)
-    for part in ("real", "imaginary"):
-        of = lambda z, part=part: np.asarray(z.real if part == "real" else z.imag)  # noqa: E731
-        rate = getattr(rates["z"], part)
-        np.testing.assert_allclose(-rate * of(params["z"]), of(updates["z"]), rtol=1e-6)
-    found = diagnostics.metrics(updates, state, params, 0.1, **how)
-    # Of six real numbers: two that are 0, and 1e-9.
-    np.testing.assert_allclose(found["eps_share"], 3 / 6)
 
 
 def test_leaves_of_any_size_are_counted_without_overflow():
@@ -360,8 +261,8 @@ def test_leaves_of_any_size_are_counted_without_overflow():
     state = jax.eval_shape(rmsprop(0.1, nu_dtype="uint8").init, large)
     text = str(jax.make_jaxpr(diagnostics.metrics)(large, state, large))
     assert "u32[131072,32768]" not in text
-    ones = jnp.ones((2**12 + 1, 2**12 + 1), bool)
-    assert reductions.reduce(x=ones)["x"] == np.float32(ones.size)
+    ones = jnp.ones((2**12 + 1, 2**12 + 1))
+    assert reductions.reduce(ones)["finite"] == np.float32(ones.size)
 
 
 def test_paths_name_the_layers():
@@ -375,14 +276,12 @@ def test_paths_name_the_layers():
 
 
 def test_invalid_arguments_are_refused():
-    params = draw(0)
+    params = {"bias": jnp.ones(128)}
     state = rmsprop(0.1).init(params)
     with refusal("one RMSPropState, got 0, in a tuple"):
-        diagnostics.metrics(params, (), params)
+        diagnostics.histogram(())
     with refusal("got 2 at [0], [1]"):
         diagnostics.effective_learning_rate((state, state), 0.1)
-    with refusal("got 0"):
-        diagnostics.histogram(optax.adam(0.1).init(params))
     with refusal("updates like", "shape (128,) at bias; updates are at w"):
         diagnostics.metrics({"w": params["bias"]}, state, params, per_layer=True)
     with refusal("must hold numbers, got none"):

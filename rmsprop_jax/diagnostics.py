@@ -96,9 +96,10 @@ def metrics(
 
     parts = jax.tree.map(_summarize, trees)
     parts["nu"] = {k: _summarize_nu(x, eps, bool(eps_in_sqrt)) for k, x in nu.items()}
-    momentum = [_summarize(x) for x in jax.tree.leaves((state.mu, state.trace))]
+    others = [_summarize(x) for x in jax.tree.leaves((state.mu, state.trace))]
+    nonfinite = [x["nonfinite"] for x in others]
     (step,) = jax.tree.leaves(state.count)
-    return {"step": step} | _combine(parts, momentum, rate, bool(per_layer))
+    return {"step": step} | _combine(parts, nonfinite, rate, bool(per_layer))
 
 
 def effective_learning_rate(
@@ -186,7 +187,7 @@ def _summarize_nu(stored, eps, eps_in_sqrt):
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _combine(parts, momentum, learning_rate, per_layer):
+def _combine(parts, nonfinite, learning_rate, per_layer):
     """Compute the metrics of all leaves, and of each, from their statistics."""
     total = {name: reductions.merge(*tree.values()) for name, tree in parts.items()}
     found = _describe(**total, learning_rate=learning_rate)
@@ -194,7 +195,7 @@ def _combine(parts, momentum, learning_rate, per_layer):
         found["learning_rate"] = learning_rate
     found["nonfinite_updates"] = total["updates"]["nonfinite"]
     found["nonfinite_params"] = total["params"]["nonfinite"]
-    found["nonfinite_state"] = sum(x["nonfinite"] for x in (total["nu"], *momentum))
+    found["nonfinite_state"] = total["nu"]["nonfinite"] + sum(nonfinite)
     for path in parts["nu"] if per_layer else ():
         layer = {name: tree[path] for name, tree in parts.items()}
         values = _describe(**layer, learning_rate=learning_rate)
@@ -230,7 +231,7 @@ def _denominator(stored, eps, eps_in_sqrt):
 @jax.jit
 def _histogram(stored):
     counts = (reductions.histogram(storage.decode(x)) for x in stored)
-    return sum(counts, start=jnp.zeros(128))
+    return sum(counts, start=jnp.zeros(128, jnp.float32))
 
 
 def _find(tree):

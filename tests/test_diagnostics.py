@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from rmsprop_jax import diagnostics, reductions, rmsprop, scale_by_rms, storage
 
 SHAPES = dict(kernel=(64, 128), bias=(128,), scalar=())
+# A sum of 8,192 logarithms of about 5: on average sqrt(8192) * 5 half ulp in a loop.
+RTOL = 1e-4
 
 
 def draw(seed):
@@ -31,8 +33,7 @@ def draw(seed):
 def steps(tx, params):
     """Return the gradients, updates and state of the second step."""
     _, state = tx.update(draw(1), tx.init(params), params)
-    grads = draw(2)
-    return grads, *tx.update(grads, state, params)
+    return draw(2), *tx.update(draw(2), state, params)
 
 
 def counts(_, state, *__):
@@ -74,7 +75,7 @@ def test_metrics_equal_those_of_numpy(options, eps_in_sqrt):
         arrays = (flat(tree[end[1:]] if end else tree) for tree in trees)
         for name, wanted in expected(*arrays, 0.1, **how).items():
             got = found.pop(f"{name}{end}")
-            np.testing.assert_allclose(got, wanted, rtol=1e-5, err_msg=name + end)
+            np.testing.assert_allclose(got, wanted, rtol=RTOL, err_msg=name + end)
             assert end or name != "eps_share" or 0.05 < got < 0.95
     nonfinite = {f"nonfinite_{name}": 0 for name in ("updates", "params", "state")}
     assert found == dict(step=2, learning_rate=np.float32(0.1)) | nonfinite
@@ -98,8 +99,7 @@ def test_the_learning_rate_is_that_of_the_last_step():
         np.testing.assert_allclose(found["learning_rate"], rate, rtol=1e-6)
     found = diagnostics.metrics(x, state, x)
     assert not [name for name in found if "learning_rate" in name]
-    # Parameters of zero did not move.
-    assert found["update_ratio"] == 0
+    assert found["update_ratio"] == 0  # Zeros that did not move.
 
 
 def test_the_state_is_found_in_any_container(lenient):
@@ -164,7 +164,7 @@ def test_on_a_mesh_only_sums_and_extrema_travel(options, kind):
     args = *tx.update(params, tx.init(params)), params
     like = placed, tx.init(placed), placed
     spread = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), args, like)
-    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-30)
+    close = partial(np.testing.assert_allclose, rtol=RTOL)
     for f in (partial(diagnostics.metrics, learning_rate=0.1), counts):
         compiled = jax.jit(f).lower(*spread).compile()
         jax.tree.map(close, compiled(*spread), f(*args))
@@ -185,23 +185,21 @@ def test_parts_of_a_shard_map_are_measured_apart():
     found = jax.jit(jax.shard_map(measure, mesh=mesh, **specs))(g)
     parts = np.asarray(g, "float64").reshape(8, -1)
     means = np.exp(-0.5 * np.log(0.1 * parts**2 + 1e-8).mean(axis=1))
-    mean = found["effective_learning_rate_mean"]
-    np.testing.assert_allclose(mean, means, rtol=1e-5)
+    np.testing.assert_allclose(found["effective_learning_rate_mean"], means, rtol=1e-5)
 
 
 def test_nonfinite_elements_are_counted():
-    def bad(count):
-        values = jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan, jnp.inf, 1, 1, 1])
-        return jnp.where(jnp.arange(8) < count, values, 1)
-
-    state = rmsprop(0.1, momentum=0.9, centered=True).init(bad(0))
-    state = state._replace(nu=bad(1), mu=bad(2), trace=bad(4))
-    found = diagnostics.metrics(bad(3), state, bad(5), 0.1)
+    values = jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan, jnp.inf, 1, 1, 1])
+    bad = [jnp.where(jnp.arange(8) < count, values, 1) for count in range(6)]
+    state = rmsprop(0.1, momentum=0.9, centered=True).init(values)
+    state = state._replace(nu=bad[1], mu=bad[2], trace=bad[4])
+    found = diagnostics.metrics(bad[3], state, bad[5], eps=2.0)
     names = [f"nonfinite_{name}" for name in ("updates", "params", "state")]
     assert [found[name] for name in names] == [3, 5, 1 + 2 + 4]
+    assert found["eps_share"] == 7 / 8
 
 
-def test_the_histogram_equals_that_of_numpy():
+def test_the_histogram_equals_that_of_numpy(x64):
     powers = np.float32(4) ** np.arange(-62, 63, dtype="float32")
     edge = [0, 0, 0, np.nan, np.inf, *powers, *np.nextafter(powers, 0)]
     nu = dict(matrix=jnp.abs(draw(1)["kernel"]), edge=jnp.array(edge, "float32"))
@@ -243,16 +241,16 @@ def test_leaves_of_one_shape_are_compiled_once():
 
 def test_complex_and_low_precision_leaves_are_measured_and_integers_are_not():
     params = {"h": jnp.full((3,), 2.0**-10, "bfloat16"), "z": jnp.full((3,), 3e-3j)}
+    params["python"] = 0.0
     state = rmsprop(0.1).init(params)
-    more = params | {"count": jnp.arange(4), "key": jax.random.key(0), "x": 1.0}
+    more = params | {"count": jnp.arange(4), "key": jax.random.key(0)}
     more["none"] = np.zeros(2, jax.dtypes.float0)
     found = diagnostics.metrics(params, state, more, 0.1, per_layer=True)
-    rms = np.sqrt((2.0**-20 + 9e-6) / 2)
+    rms = np.sqrt((2.0**-20 + 9e-6) * 3 / 7)
     np.testing.assert_allclose(found["param_rms"], rms, rtol=1e-6)
     np.testing.assert_allclose(found["update_rms/z"], 3e-3, rtol=1e-6)
     # In other containers than those of init, all leaves are measured.
-    other = {"x": params["h"], "n": jnp.arange(4)}
-    found = diagnostics.metrics(other, state, params)
+    found = diagnostics.metrics({"x": params["h"]}, state, params)
     np.testing.assert_allclose(found["update_rms"], 2.0**-10)
 
 
@@ -262,7 +260,8 @@ def test_leaves_of_any_size_are_counted_without_overflow():
     text = str(jax.make_jaxpr(diagnostics.metrics)(large, state, large))
     assert "u32[131072,32768]" not in text
     ones = jnp.ones((2**12 + 1, 2**12 + 1))
-    assert reductions.reduce(ones)["finite"] == np.float32(ones.size)
+    found = reductions.reduce(ones, squares=ones)
+    assert found["finite"] == found["squares"] == np.float32(ones.size)
 
 
 def test_paths_name_the_layers():
@@ -282,10 +281,12 @@ def test_invalid_arguments_are_refused():
         diagnostics.histogram(())
     with refusal("got 2 at [0], [1]"):
         diagnostics.effective_learning_rate((state, state), 0.1)
-    with refusal("updates like", "shape (128,) at bias; updates are at w"):
-        diagnostics.metrics({"w": params["bias"]}, state, params, per_layer=True)
-    with refusal("must hold numbers, got none"):
-        diagnostics.metrics({}, rmsprop(0.1).init({}), {})
+    for name, size in (("w", 128), ("bias", 1)):
+        with refusal("updates like", f"shape (128,) at bias; updates are at {name}"):
+            diagnostics.metrics({name: jnp.ones(size)}, state, params, per_layer=True)
+    for updates, held in ((jnp.zeros(0), state), (params, rmsprop(0.1).init({}))):
+        with refusal("must hold numbers, got none"):
+            diagnostics.metrics(updates, held, params)
     for words, given in (
         ("learning_rate must be one real number", dict(learning_rate=jnp.ones(3))),
         ("learning_rate must be a number", dict(learning_rate="0.1")),

@@ -1,7 +1,8 @@
-"""Command line of the demo: flags, output folder, several processes, interrupts."""
+"""Command line: options, processes, interrupts and errors around the training."""
 
 import argparse
-import dataclasses
+import concurrent.futures
+import functools
 import importlib.metadata
 import json
 import os
@@ -9,196 +10,173 @@ import shlex
 import signal
 import sys
 import threading
-import time
-import typing
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import optax
 
-from rmsprop_jax.demo.config import OPTIMIZERS, Config
+import rmsprop_jax
 
-
-def parse(arguments):
-    """Parse the command line; return all arguments, and the options of `Config`."""
-    # Without the usage message, an error takes only one line.
-    parser = argparse.ArgumentParser(
-        prog="python -m rmsprop_jax",
-        usage=argparse.SUPPRESS,
-        description="Train a GRU to read handwritten digits. Ctrl-C saves and stops.",
-    )
-    add = parser.add_argument
-    for field in dataclasses.fields(Config):
-        kind, *_ = typing.get_args(field.type) or [field.type]
-        how: typing.Any = {"action": "store_true"} if kind is bool else {"type": kind}
-        help = field.metadata["help"] + (
-            f"; default {field.default}" * (field.default not in (None, False))
-        )
-        name = "--" + field.name.replace("_", "-")
-        add(name, default=argparse.SUPPRESS, help=help, **how)
-    add("--out", type=Path, help="output folder; default: a new one in runs/")
-    add("--resume", action="store_true", help="resume the run in --out, or the newest")
-    add("--coordinator", help="HOST:PORT of process 0, or auto (on a TPU pod)")
-    add("--process-id", type=int, help="index of this process, starting at 0")
-    add("--processes", type=int, help="number of processes")
-    version = importlib.metadata.version("rmsprop_jax")
-    add("--version", action="version", version=version)
-    args = parser.parse_args(arguments)
-    return args, {k: v for k, v in vars(args).items() if hasattr(Config, k)}
-
-
-def connect(args):
-    """Connect to the other processes, if there are several."""
-    if args.coordinator is None:
-        if args.process_id is not None or args.processes is not None:
-            raise ValueError("several processes need --coordinator HOST:PORT or auto.")
-        return
-    print(f"Waiting up to 60 s for the other processes at {args.coordinator}")
-    try:
-        jax.distributed.initialize(
-            None if args.coordinator == "auto" else args.coordinator,
-            num_processes=args.processes,
-            process_id=args.process_id,
-            initialization_timeout=60,
-            heartbeat_timeout_seconds=20,
-        )
-    except Exception as error:
-        raise ValueError(
-            f"cannot connect the processes ({error}). Give all the same --coordinator "
-            "HOST:PORT and --processes N, and each its own --process-id below N."
-        ) from error
-
-
-def configure(args, options):
-    """Return the folder and the config of a new or resumed run, and save the config."""
-    out, saved = args.out, {}
-    if out is None and args.resume:
-        configs = [*Path("runs").glob("*/config.json")]
-        if not configs:
-            raise ValueError("there is no run in runs/ to resume. Pass its --out.")
-        out = max(configs, key=os.path.getmtime).parent
-    out = out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-    path = out / "config.json"
-    if args.resume:
-        try:
-            saved = dataclasses.asdict(Config(**json.loads(path.read_text())))
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is not the config of a run ({error}). Start a new run in "
-                "another folder."
-            ) from error
-        changed = [k for k, v in options.items() if saved[k] != v and k != "epochs"]
-        if changed:
-            raise ValueError(
-                f"{changed[0]} is {saved[changed[0]]} in {path}; only --epochs can "
-                "change when a run is resumed."
-            )
-    elif out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is not a folder.")
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty. Use --resume or another --out.")
-    config = Config(**saved | options)
-    if config.batch_size % jax.device_count():
-        raise ValueError(
-            f"batch_size must be a multiple of the {jax.device_count()} devices, got "
-            f"{config.batch_size}."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2))
-    os.replace(temporary, path)
-    return out, config
-
-
-def agree(args, options):
-    """Run `configure` in process 0, and share its result or error with all."""
-    found = {}
-    if jax.process_index() == 0:
-        try:
-            out, config = configure(args, options)
-            found = dict(out=str(out), config=dataclasses.asdict(config))
-        except (OSError, ValueError) as error:
-            found = dict(error=str(error))
-    found = json.loads(broadcast(json.dumps(found)))
-    if "error" in found:
-        raise ValueError(found["error"])
-    return Path(found["out"]), Config(**found["config"])
-
-
-def broadcast(text):
-    """Return the text of process 0 in every process.
-
-    `multihost_utils.broadcast_one_to_all` returns when one device is done. A process
-    that exits then leaves the devices of the others waiting.
-    """
-    mesh = Mesh(jax.devices(), "devices")
-    # The sum of one row per device, of which all but one are zero.
-    rows = np.zeros((jax.local_device_count(), 2**14), np.uint8)
-    if jax.process_index() == 0:
-        rows[0] = np.frombuffer(text.encode().ljust(2**14), np.uint8)
-    rows = jax.make_array_from_process_local_data(
-        NamedSharding(mesh, PartitionSpec("devices")), rows
-    )
-    replicated = NamedSharding(mesh, PartitionSpec())
-    total = jax.jit(lambda x: x.sum(0, dtype=x.dtype), out_shardings=replicated)(rows)
-    return np.asarray(total.block_until_ready()).tobytes().decode()
-
-
-def stop_on_interrupt():
-    """Return an event that the first Ctrl-C sets; the second one exits at once."""
-    stop = threading.Event()
-
-    def handle(*_):
-        stop.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # Not print, because the interrupt may have come during a print.
-        os.write(
-            2, b"\nStopping after this step; press Ctrl-C again to exit at once.\n"
-        )
-
-    signal.signal(signal.SIGINT, handle)
-    return stop
+# Each has a peak learning rate that trains stably, within a factor of 3 of the best.
+OPTIMIZERS = dict(
+    rmsprop=(rmsprop_jax.rmsprop, 0.01),
+    sgd=(optax.sgd, 0.7),
+    momentum=(functools.partial(optax.sgd, momentum=0.9), 0.3),
+    adam=(optax.adam, 0.01),
+    adagrad=(optax.adagrad, 0.4),
+)
+RMSPROP = ("decay", "eps", "momentum", "centered")
 
 
 def main(arguments=None):
     """Run the command line and return the exit status."""
+    # Until there is something to save, Ctrl-C ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    options = parse(arguments)
     try:
-        return run(arguments)
+        from rmsprop_jax.demo.train import train  # This takes seconds.
+
+        connect(options)
+        return run(options, train)
+    except ImportError as error:
+        raise SystemExit(f"error: {error}. Run: pip install '.[demo]'") from error
     finally:
         # At exit, JAX would close the connections before it waits for the other
         # processes, which may still be reading from them.
         jax.distributed.shutdown()
 
 
-def run(arguments):
-    """Train as the command line says and return the exit status."""
-    # Before there is anything to save, Ctrl-C exits without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    args, options = parse(arguments)
-    try:
-        Config(**options)
-        from rmsprop_jax.demo import report, train
+def parse(arguments):
+    """Return the options on the command line, or of the run that it resumes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rmsprop_jax",
+        usage=argparse.SUPPRESS,  # An error then takes only one line.
+        description="Train a GRU to read handwritten digits. Ctrl-C saves and stops.",
+    )
+    add, names, out = parser.add_argument, [*OPTIMIZERS, "all"], Path("runs/digits")
+    add("--optimizer", default="rmsprop", choices=names, help="default: rmsprop")
+    add("--learning-rate", type=float, help="at the start; default: set per optimizer")
+    add("--decay", default=0.9, type=float, help="of rmsprop; default: %(default)s")
+    add("--eps", default=1e-8, type=float, help="of rmsprop; default: %(default)s")
+    add("--momentum", type=float, help="of rmsprop; default: none")
+    add("--centered", action="store_true", help="of rmsprop; default: not centered")
+    add(
+        "--zero", action="store_true", help="shard the optimizer state over the devices"
+    )
+    add("--epochs", default=20, type=int, help="default: 20; may change on --resume")
+    add("--batch-size", default=32, type=int, help="on all devices; default: 32")
+    add("--seed", default=0, type=int, help="of parameters and batches; default: 0")
+    add("--out", default=out, type=Path, help="folder to create; default: %(default)s")
+    add("--resume", action="store_true", help="resume the run in that folder")
+    add("--coordinator", help="HOST:PORT of process 0, or auto (on a TPU pod)")
+    add("--processes", type=int, help="number of processes")
+    add("--process-id", type=int, help="index of this process, starting at 0")
+    version = importlib.metadata.version("rmsprop_jax")
+    add("--version", action="version", version=version)
+    options = parser.parse_args(arguments)
 
-        connect(args)
-        out, config = agree(args, options)
-    except ImportError as error:
-        raise SystemExit(f"error: {error}. Run: pip install '.[demo]'") from error
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
-    stop = stop_on_interrupt()
-    first = jax.process_index() == 0
+    if options.resume:
+        path = options.out / "config.json"
+        try:
+            saved = json.loads(path.read_text())
+            parser.set_defaults(**saved)
+        except (OSError, TypeError, ValueError) as error:
+            parser.error(f"no run to resume: {path}: {error}. Use another --out.")
+        options = parser.parse_args(arguments)
+        for name, value in saved.items():
+            if getattr(options, name) != value and name != "epochs":
+                parser.error(f"{name} is {value} in {path}; only --epochs can change.")
+    elif options.out.exists():
+        parser.error(f"{options.out} exists. Use --resume or another --out.")
+
+    rate, epochs, seed = options.learning_rate, options.epochs, options.seed
+    if rate is not None and not 0 < rate < float("inf"):
+        parser.error(f"--learning-rate must be positive, got {rate}.")
+    if epochs < 1 or seed < 0:
+        parser.error(f"--epochs must be > 0 and --seed >= 0, got {epochs} and {seed}.")
+    settings = {name: getattr(options, name) for name in RMSPROP}
+    defaults = {name: parser.get_default(name) for name in RMSPROP}
+    if settings != defaults and options.optimizer not in ("rmsprop", "all"):
+        parser.error(f"{', '.join(RMSPROP)} are for rmsprop, not {options.optimizer}.")
+    try:
+        rmsprop_jax.rmsprop(0.1, **settings)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def connect(options):
+    """Connect to the other processes, if there are any, and check the batch size."""
+    address, n, i = options.coordinator, options.processes, options.process_id
+    try:
+        if (address, n, i) != (None, None, None):
+            print(
+                f"Waiting up to 60 s for {n or 'all'} processes at {address}. If one "
+                "is missing, or ends later, JAX aborts the others; then start all "
+                "again, with --resume if the output folder exists.",
+                flush=True,
+            )
+            address = None if address == "auto" else address
+            timeouts = dict(initialization_timeout=60, heartbeat_timeout_seconds=20)
+            jax.distributed.initialize(address, n, i, **timeouts)
+        devices = len(jax.devices())
+    except Exception as error:
+        raise SystemExit(
+            f"error: JAX does not start ({error!r}). Check JAX_PLATFORMS, and "
+            "--coordinator HOST:PORT, --processes N and --process-id below N."
+        ) from error
+    sizes = range(devices, 1438, devices)
+    if options.batch_size not in sizes:
+        raise SystemExit(
+            f"error: on {devices} devices, --batch-size must be in {sizes}."
+        )
+
+
+def run(options, train):
+    """Train until done or interrupted, and return the exit status."""
+    stop, first = threading.Event(), jax.process_index() == 0
+    names = OPTIMIZERS if options.optimizer == "all" else [options.optimizer]
+    resume = [*sys.orig_argv] if options.resume else [*sys.orig_argv, "--resume"]
+    resume = f"Resume with: {shlex.join(resume)}"
+
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        stop.set()
+        print(f"\nStopping after this epoch; Ctrl-C again: now. {resume}", flush=True)
+
+    def work():
+        if first:
+            save(options)
+        return all(train(options, name, *OPTIMIZERS[name], stop) for name in names)
+
+    signal.signal(signal.SIGINT, interrupt)
     if first:
-        kind = jax.devices()[0].device_kind
-        print(f"Training on {jax.device_count()} x {kind}, writing into {out}/")
-    names = OPTIMIZERS if config.optimizer == "all" else [config.optimizer]
-    finished = all(train.train(config, name, out, stop) for name in names)
-    if first and report.read_metrics(out):
-        report.draw_curves(out)
+        devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+        print(f"Training on {devices}, writing into {options.out}/", flush=True)
+    try:
+        # In another thread, so that this one answers Ctrl-C even while JAX compiles.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            finished = pool.submit(work).result()
+    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+        reason = " ".join(f"{options.out}: {error}. {resume}".split())
+        if jax.process_count() == 1:
+            raise SystemExit(f"error: {reason}") from error
+        print(f"error: did another process end? {reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # An orderly exit would wait for the other processes.
     if not finished:
-        again = [*sys.orig_argv, *["--resume"] * (not args.resume), "--out", str(out)]
-        print(f"Stopped and saved. Resume with: {shlex.join(again)}")
+        print(f"Stopped and saved. {resume}")
         return 130
     if first:
-        print(f"Wrote {', '.join(sorted(x.name for x in out.iterdir()))} in {out}/")
+        print(f"Wrote checkpoints, metrics and figures into {options.out}/")
     return 0
+
+
+def save(options):
+    """Create the folder of a new run, and save its options in it."""
+    # Of two runs that start at once, the second one fails here.
+    options.out.mkdir(parents=True, exist_ok=options.resume)
+    others = ("out", "resume", "coordinator", "processes", "process_id")
+    config = {k: v for k, v in vars(options).items() if k not in others}
+    temporary = options.out / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=2))
+    os.replace(temporary, options.out / "config.json")

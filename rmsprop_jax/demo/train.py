@@ -1,52 +1,39 @@
 """Training loop, written as for one device but run on the devices of all processes."""
 
 import functools
-from typing import Any
+import sys
 
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from rmsprop_jax import diagnostics, sharding
 from rmsprop_jax.demo import data, report
-from rmsprop_jax.demo.checkpoints import Checkpoints
-from rmsprop_jax.demo.config import OPTIMIZERS
 
 
-def make_optimizer(config, name, steps):
-    """Create the optimizer and its schedule."""
-    optimizer, peak = OPTIMIZERS[name]
-    if config.learning_rate is not None:
-        peak = config.learning_rate
-    schedule = optax.constant_schedule(peak)
-    if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(peak, steps)
-    elif config.schedule == "warmup_cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps)
-    return optimizer(schedule, **config.rmsprop if name == "rmsprop" else {}), schedule
-
-
-def make_steps(config, tx, mesh):
-    """Create the initial state and the compiled functions `step` and `evaluate`."""
+def compile_steps(options, name, tx, mesh):
+    """Create the initial state and the compiled functions `step` and `measure`."""
     training, held_out = data.load()
-    graph, params = nnx.split(data.Reader(nnx.Rngs(config.seed)))
-    # Process 0 decides, because the others may draw different numbers.
-    params = multihost_utils.broadcast_one_to_all(nnx.to_pure_dict(params))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: data.Reader(nnx.Rngs(0))))
 
-    params = put(params, replicated := NamedSharding(mesh, PartitionSpec()))
-    shapes = jax.eval_shape(tx.init, params)
-    spread = sharding.zero(shapes, mesh, "data")[0] if config.zero else replicated
-    state = {"params": params, "opt": jax.jit(tx.init, out_shardings=spread)(params)}
-    shardings = {"params": replicated, "opt": spread}
+    def init():
+        params = nnx.to_pure_dict(nnx.state(data.Reader(nnx.Rngs(options.seed))))
+        return {"params": params, "opt": tx.init(params)}
 
     def loss_fn(params, images, labels):
         logits = nnx.merge(graph, nnx.State(params))(images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), (logits.argmax(-1) == labels).mean()
+
+    shardings = replicated = NamedSharding(mesh, PartitionSpec())
+    if options.zero:
+        spread, _ = sharding.zero(jax.eval_shape(init)["opt"], mesh, "data")
+        shardings = {"params": replicated, "opt": spread}
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated))
     def step(state, images, labels):
@@ -56,68 +43,83 @@ def make_steps(config, tx, mesh):
         return {"params": params, "opt": opt}, updates
 
     @jax.jit
-    def evaluate(params):
-        return loss_fn(params, *training)[0], loss_fn(params, *held_out)[1]
+    def measure(state, updates, rate):
+        loss, _ = loss_fn(state["params"], *training)
+        _, accuracy = loss_fn(state["params"], *held_out)
+        row = dict(learning_rate=rate, loss=loss, accuracy=accuracy)
+        if name == "rmsprop":
+            trees = updates, state["opt"], state["params"]
+            settings = dict(eps=options.eps, per_layer=True)
+            row |= diagnostics.metrics(*trees, rate, **settings)
+        return row
 
-    return state, step, evaluate
+    return jax.jit(init, out_shardings=shardings)(), step, measure
 
 
-def train(config, name, out, stop):
+def train(options, name, optimizer, peak, stop):
     """Train with one optimizer, resuming from its last checkpoint if there is one.
 
-    Writes metrics, checkpoints and diagnostics into the folder `out`; saves and stops
-    when the event `stop` is set. Returns whether all epochs are done.
+    Saves a checkpoint after each epoch, and stops there when the event `stop` is set.
+    Returns whether all epochs are done.
     """
     (images, labels), _ = data.load()
-    per_epoch = len(labels) // config.batch_size
-    steps = config.epochs * per_epoch
+    per_epoch = len(labels) // options.batch_size
+    steps = options.epochs * per_epoch
+    schedule = optax.cosine_decay_schedule(options.learning_rate or peak, steps)
+    settings = ("decay", "eps", "momentum", "centered") if name == "rmsprop" else ()
+    tx = optimizer(schedule, **{x: getattr(options, x) for x in settings})
     mesh = Mesh(jax.devices(), ("data",))
-    tx, schedule = make_optimizer(config, name, steps)
-    state, step, evaluate = make_steps(config, tx, mesh)
-    checkpoints = Checkpoints(out / "checkpoints" / name)
-    done, state = checkpoints.restore(state)
-    # Rows are written before checkpoints, so the file may be ahead of them.
-    rows = report.read_metrics(out)
-    rows = [x for x in rows if x["optimizer"] != name or int(x["step"]) <= done]
+    shards = NamedSharding(mesh, PartitionSpec("data"))
+    place = jax.make_array_from_process_local_data
+    state, step, measure = compile_steps(options, name, tx, mesh)
 
-    first = jax.process_index() == 0
-    hidden = not first
-    with tqdm(total=steps, initial=done, desc=name, unit="step", disable=hidden) as bar:
-        while done < steps and not any_process(stop.is_set()):
-            batch = data.batch(images, labels, config.batch_size, config.seed, done)
-            batch = put(batch, NamedSharding(mesh, PartitionSpec("data")))
-            state, updates = step(state, *batch)
+    folder = options.out.absolute() / "checkpoints" / name
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    checkpoints = ocp.CheckpointManager(folder, options=keep)
+    start = checkpoints.latest_step() or 0
+    try:
+        if start:
+            like = ocp.args.StandardRestore(state)  # With its shardings.
+            state = checkpoints.restore(start, args=like)
+    except Exception as error:
+        reason = (
+            f"cannot restore {folder / str(start)}; delete it to use the one before"
+        )
+        raise ValueError(f"{reason}. {str(error)[:200]}") from error
+    # Rows are written before checkpoints, so the file may be ahead of them.
+    rows = report.read_metrics(options.out)
+    rows = [x for x in rows if x["optimizer"] != name or int(x["epoch"]) <= start]
+
+    first, done = jax.process_index() == 0, start * per_epoch
+    # None disables the bar if there is no terminal.
+    bar = tqdm(total=steps, initial=done, desc=name, disable=None if first else True)
+    for epoch in range(start + 1, options.epochs + 1):
+        while done < epoch * per_epoch:
+            batch = data.batch(images, labels, options.batch_size, options.seed, done)
+            state, updates = step(state, *[place(shards, x, x.shape) for x in batch])
+            if done == start * per_epoch:
+                bar.unpause()  # Leaves out the time in which the step compiled.
             done += 1
             bar.update()
-            if done % per_epoch == 0:
-                rate: Any = schedule(done - 1)
-                loss, accuracy = evaluate(state["params"])
-                row = dict(learning_rate=rate, loss=loss, accuracy=accuracy)
-                if name == "rmsprop":
-                    trees = updates, state["opt"], state["params"]
-                    options = dict(eps=config.eps, per_layer=True)
-                    row |= diagnostics.metrics(*trees, rate, **options)
-                row = {key: np.asarray(value).item() for key, value in row.items()}
-                epoch = done // per_epoch
-                rows.append(dict(optimizer=name, epoch=epoch, step=done) | row)
-                if first:
-                    report.write_metrics(out, rows)
-                    bar.set_postfix(loss=row["loss"], accuracy=row["accuracy"])
-                checkpoints.save(done, state)
-    checkpoints.save(done, state)
-    if name == "rmsprop" and rows:
-        histogram = jax.device_get(diagnostics.histogram(state["opt"]))
+
+        row = measure(state, updates, schedule(done - 1))
+        row = {key: np.asarray(value).item() for key, value in row.items()}
+        rows.append(dict(optimizer=name, epoch=epoch, step=done) | row)
         if first:
-            report.draw_diagnostics(out, rows, histogram, config.eps)
+            report.write_metrics(options.out, rows)
+            line = "{} {}: loss {loss:.3g}, accuracy {accuracy:.1%}"
+            tqdm.write(line.format(name, epoch, **row), file=sys.stderr)
+        checkpoints.save(epoch, args=ocp.args.StandardSave(state))
+        # All processes stop after the same epoch.
+        if np.any(process_allgather(np.array(stop.is_set()))):
+            break
+    bar.close()
+    if name == "rmsprop":
+        histogram = diagnostics.histogram(state["opt"])
+        # Other processes may still be reading from the devices of this one.
+        jax.block_until_ready(histogram)
+        if first:
+            report.draw_diagnostics(options.out, rows, histogram, options.eps)
+    if first:
+        report.draw_curves(options.out, rows)
     return done >= steps
-
-
-def put(tree, sharding):
-    """Place arrays that every process holds on the devices of all processes."""
-    place = jax.make_array_from_process_local_data
-    return jax.tree.map(lambda x: place(sharding, x, np.shape(x)), tree)
-
-
-def any_process(flag):
-    """Return whether any process set the flag, so that all stop at the same step."""
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

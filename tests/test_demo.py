@@ -169,10 +169,25 @@ def test_runs_killed_or_stopped_at_any_moment_end_with_the_same_bits(
     assert json.loads((folder / "config.json").read_text())["epochs"] == 6
 
 
-def test_two_processes_are_like_one(run, undisturbed, start, tmp_path):
+def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_processes_with_different_options_refuse_to_train(start, tmp_path):
+    flags = ["--coordinator", free_address(), "--processes", 2, "--out", tmp_path / "a"]
+    command = "-m", "rmsprop_jax", *flags
+    pairs = [("--process-id", i, "--seed", i) for i in range(2)]
+    for process in [start(*command, *pair, devices=1) for pair in pairs]:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert "error: the processes have different options" in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_two_processes_are_like_one(run, undisturbed, start, tmp_path):
+    address = free_address()
     flags = [
         *FLAGS,
         "--coordinator",
@@ -199,7 +214,8 @@ def test_two_processes_are_like_one(run, undisturbed, start, tmp_path):
         [float(x["loss"]) for x in rows(y)] for y in (tmp_path / "a", undisturbed[0])
     )
     assert ours == [
-        pytest.approx(x, rel=y) for x, y in zip(theirs, (1e-3,) + (0.5,) * 4)
+        pytest.approx(x, rel=y)
+        for x, y in zip(theirs, (1e-3,) + (0.5,) * 4, strict=True)
     ]
 
 

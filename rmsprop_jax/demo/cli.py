@@ -10,10 +10,14 @@ import shlex
 import signal
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rmsprop_jax
 
@@ -106,7 +110,7 @@ def parse(arguments):
 
 
 def connect(options):
-    """Connect to the other processes, if there are any, and check the batch size."""
+    """Connect to other processes, if any; check batch size and equality of options."""
     address, n, i = options.coordinator, options.processes, options.process_id
     try:
         if (address, n, i) != (None, None, None):
@@ -129,6 +133,17 @@ def connect(options):
     if options.batch_size not in sizes:
         raise SystemExit(
             f"error: on {devices} devices, --batch-size must be in {sizes}."
+        )
+    mesh = Mesh(jax.devices(), "device")
+    shards = NamedSharding(mesh, PartitionSpec("device"))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    code = zlib.crc32(config(options).encode()) >> 1
+    codes = np.full(jax.local_device_count(), code, np.int32)
+    codes = jax.make_array_from_process_local_data(shards, codes)
+    # Waits for all devices: an exit while other processes still read would block them.
+    if jax.block_until_ready(jax.jit(jnp.ptp, out_shardings=replicated)(codes)):
+        raise SystemExit(
+            "error: the processes have different options; give all the same."
         )
 
 
@@ -175,8 +190,12 @@ def save(options):
     """Create the folder of a new run, and save its options in it."""
     # Of two runs that start at once, the second one fails here.
     options.out.mkdir(parents=True, exist_ok=options.resume)
-    others = ("out", "resume", "coordinator", "processes", "process_id")
-    config = {k: v for k, v in vars(options).items() if k not in others}
     temporary = options.out / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2))
+    temporary.write_text(config(options))
     os.replace(temporary, options.out / "config.json")
+
+
+def config(options):
+    """Return the options that must not change during a run, and `epochs`, as JSON."""
+    others = ("out", "resume", "coordinator", "processes", "process_id")
+    return json.dumps({k: v for k, v in vars(options).items() if k not in others})

@@ -2,8 +2,6 @@
 
 import contextlib
 import csv
-import hashlib
-import importlib.metadata
 import io
 import json
 import os
@@ -20,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import refused
 
 from rmsprop_jax.demo import cli, data
 
@@ -101,17 +100,6 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def refused(capsys, *arguments):
-    """Return the one line with which the program refuses the arguments."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main([str(x) for x in arguments])
-    message = caught.value.code
-    if message == 2:  # From argparse, which prints it.
-        message = capsys.readouterr().err
-    assert len(message.strip().splitlines()) == 1
-    return message
-
-
 def test_five_epochs_reach_95_percent_and_are_recorded(undisturbed):
     folder, out, err = undisturbed
     first, *_, last = rows(folder)
@@ -188,16 +176,8 @@ def test_processes_with_different_options_refuse_to_train(start, tmp_path):
 
 def test_two_processes_are_like_one(run, undisturbed, start, tmp_path):
     address = free_address()
-    flags = [
-        *FLAGS,
-        "--coordinator",
-        address,
-        "--processes",
-        2,
-        "--out",
-        tmp_path / "a",
-    ]
-    command = "-m", "rmsprop_jax", *flags, "--process-id"
+    flags = ["--coordinator", address, "--processes", 2, "--out", tmp_path / "a"]
+    command = "-m", "rmsprop_jax", *FLAGS, *flags, "--process-id"
     processes = [start(*command, i, devices=2) for i in range(2)]
     # Both stop after the same epoch, and neither hangs.
     send_after(epoch(tmp_path / "a", 1), signal.SIGINT, processes[1].pid)
@@ -239,112 +219,6 @@ def test_every_optimizer_learns_at_its_rate(run):
         assert loss < 1.8, name
 
 
-def test_all_optimizers_are_trained_until_one_is_stopped(tmp_path):
-    options = cli.parse(["--optimizer", "all", "--out", str(tmp_path / "run")])
-    trained = []
-
-    def train(options, name, optimizer, peak, stop):
-        trained.append((name, (optimizer, peak)))
-        return name != "adam"
-
-    assert cli.run(options, train) == 130
-    assert trained == [*cli.OPTIMIZERS.items()][:4]
-
-
-def test_ctrl_c_is_answered_while_jax_compiles(tmp_path, monkeypatch):
-    times = []
-
-    def compile(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-        # Not interruptible, and without the GIL, like a compilation.
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
-        times.append(time.monotonic())
-        return False
-
-    def record(*_, **__):
-        times.append(time.monotonic())
-
-    monkeypatch.setattr(cli, "print", record, raising=False)
-    assert cli.run(cli.parse(["--out", str(tmp_path / "run")]), compile) == 130
-    _, answered, compiled, _ = times
-    assert compiled - answered > 0.1
-    # The second one exits at once, with status 130 in a shell.
-    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_failures_in_training_get_one_line(tmp_path, monkeypatch, capsys, processes):
-    def fail(*_):
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Connection\nreset")
-
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "--out", "my run"])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(cli.parse(["--out", str(tmp_path / "run")]), fail)
-    message = capsys.readouterr().err if processes == 2 else caught.value.code
-    assert f"{tmp_path}/run: UNKNOWN: Connection reset. Resume with: python" in message
-    assert message.strip().endswith("--out 'my run' --resume")
-    assert ("did another process end?" in message) == (processes == 2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("--decay 1", "must be in [0, 1)"),
-        ("--decay nan", "must be in [0, 1)"),
-        ("--learning-rate fast", "invalid float value: 'fast'"),
-        ("--learning-rate inf", "--learning-rate must be positive, got inf"),
-        ("--learning-rate 0", "--learning-rate must be positive, got 0"),
-        ("--epochs 0", "--epochs must be > 0"),
-        ("--epochs 1.5", "invalid int value: '1.5'"),
-        ("--seed -1", "--seed >= 0, got 20 and -1"),
-        ("--batch-size 9", "devices, --batch-size must be in range("),
-        ("--optimizer adamw", "invalid choice: 'adamw'"),
-        ("--optimizer adam --centered", "centered are for rmsprop, not adam"),
-        ("--centered --decay 0", "decay"),
-        ("--momentun .9", "unrecognized arguments"),
-        ("--processes 2", "JAX does not start"),
-        ("--resume", "no run to resume: runs/digits/config.json"),
-    ],
-)
-def test_bad_flags_get_one_line(tmp_path, capsys, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    assert words in refused(capsys, *arguments.split())
-    assert not list(tmp_path.iterdir())
-
-
-def test_folders_that_cannot_be_used_get_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    # Also in each of several processes, before they wait for each other.
-    several = "--coordinator localhost:1 --processes 2 --process-id 1".split()
-    for arguments in ([], several):
-        message = refused(capsys, "--out", "run", *arguments)
-        assert "run exists. Use --resume or another --out" in message
-    config = tmp_path / "run" / "config.json"
-    for text in ('{"a', "[]", ""):
-        config.write_text(text)
-        message = refused(capsys, "--resume", "--out", "run")
-        assert "no run to resume: run/config.json" in message and "another" in message
-    config.write_text('{"decay": 0.8}')
-    message = refused(capsys, "--resume", "--out", "run", "--decay", 0.5)
-    assert "decay is 0.8 in run/config.json; only --epochs can change" in message
-    # Of two runs that start at once, neither of which saw the folder.
-    options = cli.parse(["--out", "new"])
-    cli.save(options)
-    with pytest.raises(FileExistsError):
-        cli.save(options)
-
-
-def test_a_missing_extra_or_device_gets_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jax, "devices", lambda: 1 / 0)
-    assert "JAX does not start (ZeroDivisionError" in refused(capsys)
-    monkeypatch.setitem(sys.modules, "rmsprop_jax.demo.train", None)
-    assert "Run: pip install '.[demo]'" in refused(capsys)
-
-
 def test_epochs_differ_in_order_and_noise_and_have_all_images():
     images, labels = np.zeros((50, 8, 8), np.float32), np.arange(50)
     orders, noise = set(), set()
@@ -354,16 +228,3 @@ def test_epochs_differ_in_order_and_noise_and_have_all_images():
         noise |= {x.tobytes() for x, _ in batches}
     assert len(orders) == 3 and len(noise) == 15
     assert all(sorted(order) == list(range(50)) for order in orders)
-
-
-def test_help_and_version_are_printed(capsys):
-    for flag in ("--help", "--version"):
-        with pytest.raises(SystemExit, match="0"):
-            cli.main([flag])
-    text = capsys.readouterr().out
-    assert importlib.metadata.version("rmsprop_jax") in text
-    for name in (
-        "optimizer learning-rate decay eps momentum centered epochs batch-size seed "
-        "out resume zero coordinator process-id processes"
-    ).split():
-        assert f"--{name}" in text

@@ -131,13 +131,14 @@ def test_runs_killed_or_stopped_at_any_moment_end_with_the_same_bits(
     # Metrics are written before the checkpoint, so a kill may come between them.
     with open(folder / "metrics.csv", "a") as file:
         file.write("rmsprop,9\n")
-    arguments = epoch(folder, 3), signal.SIGINT, os.getpid()
+    saved = [int(x.name) for x in epoch(folder, 1).parent.iterdir() if x.name.isdigit()]
+    arguments = epoch(folder, max(saved) + 1), signal.SIGINT, os.getpid()
     threading.Thread(target=send_after, args=arguments).start()
     capsys.readouterr()
     assert run("--resume", "--out", folder) == 130
     out, _ = capsys.readouterr()
     assert "\nStopping after this epoch; Ctrl-C again: now. Resume with: " in out
-    assert "Stopped and saved. Resume with: " in out and 3 <= len(rows(folder)) < 5
+    assert "Stopped and saved. Resume with: " in out and 2 <= len(rows(folder)) < 5
 
     damaged = epoch(folder, len(rows(folder)))
     files = [x for x in damaged.rglob("*") if x.is_file()]

@@ -82,10 +82,9 @@ def train(options, name, optimizer, peak, stop):
             like = ocp.args.StandardRestore(state)  # With its shardings.
             state = checkpoints.restore(start, args=like)
     except Exception as error:
-        reason = (
-            f"cannot restore {folder / str(start)}; delete it to use the one before"
-        )
-        raise ValueError(f"{reason}. {str(error)[:200]}") from error
+        fix = "delete it to use the one before"
+        reason = f"cannot restore {folder / str(start)}; {fix}. {str(error)[:200]}"
+        raise ValueError(reason) from error
     # Rows are written before checkpoints, so the file may be ahead of them.
     rows = report.read_metrics(options.out)
     rows = [x for x in rows if x["optimizer"] != name or int(x["epoch"]) <= start]

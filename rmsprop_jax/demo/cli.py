@@ -121,8 +121,13 @@ def connect(options):
                 flush=True,
             )
             address = None if address == "auto" else address
-            timeouts = dict(initialization_timeout=60, heartbeat_timeout_seconds=20)
-            jax.distributed.initialize(address, n, i, **timeouts)
+            jax.distributed.initialize(
+                address,
+                n,
+                i,
+                initialization_timeout=60,
+                heartbeat_timeout_seconds=20,
+            )
         devices = len(jax.devices())
     except Exception as error:
         raise SystemExit(

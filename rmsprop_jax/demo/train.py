@@ -89,7 +89,7 @@ def train(options, name, optimizer, peak, stop):
     rows = report.read_metrics(options.out)
     rows = [x for x in rows if x["optimizer"] != name or int(x["epoch"]) <= start]
 
-    first, done = jax.process_index() == 0, start * per_epoch
+    first, done, updates = jax.process_index() == 0, start * per_epoch, None
     # None disables the bar if there is no terminal.
     bar = tqdm(total=steps, initial=done, desc=name, disable=None if first else True)
     for epoch in range(start + 1, options.epochs + 1):

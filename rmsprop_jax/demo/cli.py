@@ -24,7 +24,7 @@ import rmsprop_jax
 # Each has a peak learning rate that trains stably, within a factor of 3 of the best.
 OPTIMIZERS = dict(
     rmsprop=(rmsprop_jax.rmsprop, 0.01),
-    sgd=(optax.sgd, 0.7),
+    sgd=(optax.sgd, 1.2),
     momentum=(functools.partial(optax.sgd, momentum=0.9), 0.3),
     adam=(optax.adam, 0.01),
     adagrad=(optax.adagrad, 0.4),

@@ -94,12 +94,14 @@ def metrics(
     if alike:  # Leave out what this optimizer does not train.
         trees = {name: {k: tree[k] for k in nu} for name, tree in trees.items()}
 
-    parts = jax.tree.map(_summarize, trees)
-    parts["nu"] = {k: _summarize_nu(x, eps, bool(eps_in_sqrt)) for k, x in nu.items()}
+    vectors = {k: [*map(_summarize, tree.values())] for k, tree in trees.items()}
+    vectors["nu"] = [_summarize_nu(x, eps, bool(eps_in_sqrt)) for x in nu.values()]
     others = [_summarize(x) for x in jax.tree.leaves((state.mu, state.trace))]
-    nonfinite = [x["nonfinite"] for x in others]
     (step,) = jax.tree.leaves(state.count)
-    return {"step": step} | _combine(parts, nonfinite, rate, bool(per_layer))
+    found, layers = _combine(**vectors, others=others, lr=rate, per_layer=per_layer)
+    for name, values in layers.items():
+        found |= {f"{name}/{k}": x for k, x in zip(nu, _split(values), strict=True)}
+    return {"step": step} | found
 
 
 def effective_learning_rate(
@@ -138,7 +140,9 @@ def effective_learning_rate(
     """
     state, treedef, stored = _find(state)
     rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
-    return treedef.unflatten(rate / _denominator(x, eps, eps_in_sqrt) for x in stored)
+    return treedef.unflatten(
+        rate / _denominator(_values(x), eps, eps_in_sqrt) for x in stored
+    )
 
 
 def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
@@ -167,43 +171,58 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
     return np.concatenate([[0.0], 2.0 ** np.arange(-63, 65)]), _histogram(stored)
 
 
+# The elements of the vectors that hold the statistics of a leaf. Thousands of scalars
+# would take seconds to compile.
+_STATISTICS = ("finite", "nonfinite", "squares")
+_NU_STATISTICS = ("finite", "nonfinite", "lowest", "highest", "logs", "below_eps")
+
+
 # Jitted for each leaf, so that leaves of the same shape are compiled only once.
 @jax.jit
 def _summarize(x):
-    return reductions.reduce(x, squares=jnp.square(jnp.abs(x).astype(jnp.float32)))
+    squares = jnp.square(jnp.abs(x).astype(jnp.float32))
+    found = reductions.reduce(x, squares=squares)
+    return jnp.stack([found[name] for name in _STATISTICS])
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _summarize_nu(stored, eps, eps_in_sqrt):
-    nu = storage.decode(stored).astype(jnp.float32)
-    denominator = _denominator(nu, eps, eps_in_sqrt)
-    return reductions.reduce(
-        nu,
-        lowest=denominator,
-        highest=denominator,
-        logs=jnp.log(denominator),
-        below_eps=nu < (eps if eps_in_sqrt else eps * eps),
-    )
+    nu = _values(stored)
+    # Both doubled, because XLA on CPU fills an array with an eps that is used twice.
+    below_eps = 2 * nu < 2 * (eps if eps_in_sqrt else eps * eps)
+    logs = jnp.log(_denominator(nu, eps, eps_in_sqrt))
+    found = reductions.reduce(nu, lowest=nu, highest=nu, logs=logs, below_eps=below_eps)
+    for name in ("lowest", "highest"):
+        found[name] = _denominator(found[name], eps, eps_in_sqrt)
+    return jnp.stack([found[name] for name in _NU_STATISTICS])
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _combine(parts, nonfinite, learning_rate, per_layer):
-    """Compute the metrics of all leaves, and of each, from their statistics."""
-    total = {name: reductions.merge(*tree.values()) for name, tree in parts.items()}
-    found = _describe(**total, learning_rate=learning_rate)
-    if learning_rate is not None:
-        found["learning_rate"] = learning_rate
+@functools.partial(jax.jit, static_argnames="per_layer")
+def _combine(updates, params, nu, others, lr, per_layer):
+    """Compute the metrics of all leaves, and vectors of those of each."""
+    leaves: dict[str, Any] = dict(nu=_columns(_NU_STATISTICS, nu))
+    leaves |= dict(updates=_columns(_STATISTICS, updates))
+    leaves |= dict(params=_columns(_STATISTICS, params))
+    total = {name: reductions.merge(columns) for name, columns in leaves.items()}
+    found = _describe(**total, lr=lr)
+    if lr is not None:
+        found["learning_rate"] = lr
     found["nonfinite_updates"] = total["updates"]["nonfinite"]
     found["nonfinite_params"] = total["params"]["nonfinite"]
-    found["nonfinite_state"] = total["nu"]["nonfinite"] + sum(nonfinite)
-    for path in parts["nu"] if per_layer else ():
-        layer = {name: tree[path] for name, tree in parts.items()}
-        values = _describe(**layer, learning_rate=learning_rate)
-        found |= {f"{name}/{path}": x for name, x in values.items()}
-    return found
+    found["nonfinite_state"] = total["nu"]["nonfinite"]
+    if others:
+        found["nonfinite_state"] += _columns(_STATISTICS, others)["nonfinite"].sum()
+    return found, _describe(**leaves, lr=lr) if per_layer else {}
 
 
-def _describe(updates, params, nu, learning_rate):
+def _columns(names, vectors):
+    return dict(zip(names, jnp.stack(vectors, 1), strict=True))
+
+
+_split = jax.jit(list)
+
+
+def _describe(updates, params, nu, lr):
     """Compute the metrics of a leaf, or of all, from the statistics of each tree."""
     update_rms = jnp.sqrt(_mean(updates, "squares"))
     param_rms = jnp.sqrt(_mean(params, "squares"))
@@ -211,11 +230,11 @@ def _describe(updates, params, nu, learning_rate):
     ratio = jnp.where(update_rms == 0, 0, update_rms / param_rms)
     found = dict(update_rms=update_rms, param_rms=param_rms, update_ratio=ratio)
     found["eps_share"] = _mean(nu, "below_eps")
-    if learning_rate is not None:
+    if lr is not None:
         mean = jnp.exp(_mean(nu, "logs"))
-        found["effective_learning_rate_min"] = learning_rate / nu["highest"]
-        found["effective_learning_rate_mean"] = learning_rate / mean
-        found["effective_learning_rate_max"] = learning_rate / nu["lowest"]
+        found["effective_learning_rate_min"] = lr / nu["highest"]
+        found["effective_learning_rate_mean"] = lr / mean
+        found["effective_learning_rate_max"] = lr / nu["lowest"]
     return found
 
 
@@ -223,8 +242,11 @@ def _mean(sums, name):
     return sums[name] / (sums["finite"] + sums["nonfinite"])
 
 
-def _denominator(stored, eps, eps_in_sqrt):
-    nu = storage.decode(stored).astype(jnp.float32)
+def _values(stored):
+    return storage.decode(stored).astype(jnp.float32)
+
+
+def _denominator(nu, eps, eps_in_sqrt):
     return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
 
 

@@ -1,6 +1,5 @@
 """Statistics of large arrays, each computed in one or two passes."""
 
-import functools
 from typing import Any
 
 import jax
@@ -22,27 +21,27 @@ def reduce(x, **columns):
     """
     # Both are counted, because XLA on CPU would store a mask that is counted alone.
     columns |= dict(finite=jnp.isfinite(x), nonfinite=~jnp.isfinite(x))
-    found, joint, identities = {}, {}, {}
+    found, joint = {}, {}
     for name, column in columns.items():
         if column.dtype == bool:
             column = column.astype(jnp.uint32 if x.size < 2**32 else jnp.float32)
         if column.dtype == jnp.uint32 or name in MERGES:
             joint[name] = column
-            identities[name] = column.dtype.type(IDENTITIES.get(name, 0))
         else:
             found[name] = jnp.sum(column)
     if joint:
-        found |= jax.lax.reduce(joint, identities, merge, range(x.ndim))
+        found |= merge(joint, range(x.ndim))
     return {name: total.astype(jnp.float32) for name, total in found.items()}
 
 
-def merge(*parts):
-    """Merge the statistics of arrays."""
-    found = {}
-    for name in parts[0]:
-        values = (part[name] for part in parts)
-        found[name] = functools.reduce(MERGES.get(name, jax.lax.add), values)
-    return found
+def merge(columns, axes=(0,)):
+    """Reduce arrays of statistics over some axes, all in one loop."""
+
+    def join(one, other):
+        return {k: MERGES.get(k, jax.lax.add)(x, other[k]) for k, x in one.items()}
+
+    identities = {k: x.dtype.type(IDENTITIES.get(k, 0)) for k, x in columns.items()}
+    return jax.lax.reduce(columns, identities, join, axes)
 
 
 def histogram(x):

@@ -203,7 +203,7 @@ def test_a_sharded_nnx_model_needs_no_line_for_the_optimizer(lenient):
 
 
 def test_a_model_on_paper_takes_what_its_arrays_would():
-    mesh, name = mesh_of(4, 2), "uint8 nu, bfloat16 momentum"
+    mesh, name = mesh_of(4, 2), "uint8 nu"
     params = scale.transformer(mesh, layers=1, width=64, hidden=128, words=256)
     assert len(jax.tree.leaves(params)) == 12
     held, collectives, _ = scale.row(name, params, mesh, False)

@@ -16,18 +16,11 @@ import measuring
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from measuring import BFLOAT16, BFLOAT16_MOMENTUM, MOMENTUM, UINT8
+from measuring import BFLOAT16, UINT8
 
 from rmsprop_jax import rmsprop, sharding
 
-FORMATS = {
-    "float32": {},
-    "bfloat16 nu": BFLOAT16,
-    "uint8 nu": UINT8,
-    "float32, momentum": MOMENTUM,
-    "bfloat16 nu and momentum": BFLOAT16 | BFLOAT16_MOMENTUM,
-    "uint8 nu, bfloat16 momentum": UINT8 | BFLOAT16_MOMENTUM,
-}
+FORMATS = {"float32": {}, "bfloat16 nu": BFLOAT16, "uint8 nu": UINT8}
 COLLECTIVE = re.compile(r" (all-\w+|reduce-scatter|collective-\w+)(?:-start)?\(")
 
 

@@ -1,6 +1,7 @@
 """Training loop, written as for one device but run on the devices of all processes."""
 
 import functools
+import logging
 import sys
 
 import jax
@@ -14,6 +15,9 @@ from tqdm import tqdm
 
 from rmsprop_jax import diagnostics, sharding
 from rmsprop_jax.demo import data, report
+
+# Orbax logs, with tracebacks, the errors that it raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def compile_steps(options, name, tx, mesh):

@@ -136,6 +136,13 @@ def test_gradients_unlike_the_parameters_are_refused(case):
         refuse(options, "updates", *words, updates=updates)
 
 
+def test_complex_gradients_of_real_state_are_refused_without_params():
+    for options in (dict(centered=True), dict(momentum=0.9)):
+        tx = build(**options)
+        with refusal("updates['deep'][0] is complex64", "state is float32"):
+            tx.update(tree(deep=[IMAGINARY]), tx.init(PARAMS))
+
+
 @pytest.mark.parametrize("case", WRONG_PARAMS.values(), ids=WRONG_PARAMS)
 def test_params_of_another_structure_or_shape_are_refused(case):
     params, *words = case

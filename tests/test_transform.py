@@ -98,6 +98,12 @@ def test_stateful_and_branching_schedules_work_in_direct_calls():
         assert_close(second, first_updates(rmsprop(0.1))[1])
 
 
+def test_direct_calls_do_not_wait_for_the_learning_rate():
+    """It is not read, so one that is not a number is seen in the update."""
+    first, _ = first_updates(rmsprop(lambda count: jnp.float32(jnp.nan)))
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(first))
+
+
 def test_the_peak_of_a_schedule_may_be_vmapped():
     """The count of a state from outside is concrete, though the schedule is not."""
     peaks, fixed = jnp.float32([0.1, 0.2]), rmsprop(0.0).init(normal(0))

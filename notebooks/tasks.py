@@ -61,7 +61,7 @@ def dense(key, shape, gain=1.0):
 
 
 def classify(size, depth=2, gain=1.0, width=16, inputs="pixels"):
-    """Return the task of naming digits with a tanh network, in batches of a size."""
+    """Return the task of classifying digits with a tanh network, in batches of a size."""
 
     def init(key):
         first, hidden, last = jax.random.split(key, 3)
@@ -89,7 +89,7 @@ def classify(size, depth=2, gain=1.0, width=16, inputs="pixels"):
 
 
 def drifting(phase, size=16):
-    """Return the task of naming digits whose labels are permuted at each phase."""
+    """Return the task of classifying digits whose labels are permuted at each phase."""
     stay = classify(size)
     rng = np.random.default_rng(0)
     orders = np.array([rng.permutation(10) for _ in range(100)])

@@ -61,7 +61,7 @@ def dense(key, shape, gain=1.0):
 
 
 def classify(size, depth=2, gain=1.0, width=16, inputs="pixels"):
-    """Return the task of classifying digits with a tanh network, in batches of a size."""
+    """Return the task of classifying batches of digits with a tanh network."""
 
     def init(key):
         first, hidden, last = jax.random.split(key, 3)

@@ -99,8 +99,8 @@ def metrics(
     others = [_summarize(x) for x in jax.tree.leaves((state.mu, state.trace))]
     (step,) = jax.tree.leaves(state.count)
     found, layers = _combine(**vectors, others=others, lr=rate, per_layer=per_layer)
-    for name, values in layers.items():
-        found |= {f"{name}/{k}": x for k, x in zip(nu, _split(values), strict=True)}
+    for name, values in jax.tree.map(jax.jit(list), layers).items():
+        found |= {f"{name}/{k}": x for k, x in zip(nu, values, strict=True)}
     return {"step": step} | found
 
 
@@ -180,8 +180,12 @@ _NU_STATISTICS = ("finite", "nonfinite", "lowest", "highest", "logs", "below_eps
 # Jitted for each leaf, so that leaves of the same shape are compiled only once.
 @jax.jit
 def _summarize(x):
-    squares = jnp.square(jnp.abs(x).astype(jnp.float32))
-    found = reductions.reduce(x, squares=squares)
+    squares = jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))
+    # The terms of a finite sum are finite, and need not be counted.
+    known = dict(finite=0 * squares + float(x.size), nonfinite=0 * squares)
+    is_known = jnp.isfinite(squares)
+    found = jax.lax.cond(is_known, lambda _: known, reductions.reduce, x)
+    found["squares"] = squares
     return jnp.stack([found[name] for name in _STATISTICS])
 
 
@@ -217,9 +221,6 @@ def _combine(updates, params, nu, others, lr, per_layer):
 
 def _columns(names, vectors):
     return dict(zip(names, jnp.stack(vectors, 1), strict=True))
-
-
-_split = jax.jit(list)
 
 
 def _describe(updates, params, nu, lr):

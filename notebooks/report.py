@@ -97,7 +97,7 @@ def draw_losses(axes, results, xlabel, title="", chance=None):
     axes.set_yticks(range(len(results)), results)
     axes.set(xscale="log", xlabel=xlabel, ylim=(len(results) - 0.5, -0.5))
     axes.set_title(title, pad=14 if chance is not None else 6)
-    axes.margins(x=0.35)
+    axes.margins(x=0.45)
     plain_ticks(axes.xaxis)
 
 

@@ -1,8 +1,8 @@
 """Diagnostics of training, computed from updates, optimizer state and parameters.
 
 The functions are pure, under `jax.jit` or outside it, and the state stores nothing for
-them. They read each leaf twice, in any storage format; devices exchange only sums and
-extrema. `nu` and `eps` are those of `rmsprop_jax.rule`; `nu` is not bias-corrected.
+them. `metrics` reads a leaf at most twice, in any storage format; devices exchange only
+sums and extrema. `nu`, not bias-corrected, and `eps` are those of `rmsprop_jax.rule`.
 """
 
 import functools

@@ -6,6 +6,7 @@ sums and extrema. `nu`, not bias-corrected, and `eps` are those of `rmsprop_jax.
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -31,7 +32,7 @@ def metrics(
     eps_in_sqrt: bool = True,
     per_layer: bool = False,
 ) -> dict[str, jax.Array]:
-    """Summarize the last step as a flat dict of float32 scalars for a logger.
+    """Summarize the last step as a flat dict of scalars for a logger, mostly float32.
 
     Args:
       updates: the updates that `update` returned, or parameters after the step minus
@@ -54,11 +55,11 @@ def metrics(
         update_rms, param_rms: root mean square of the updates and of the parameters.
         update_ratio: update_rms / param_rms.
         effective_learning_rate_min, _mean, _max: over all coordinates; the mean is
-          geometric. See `effective_learning_rate`.
+          geometric, and the others have no derivatives. See `effective_learning_rate`.
         eps_share: fraction of coordinates in which eps exceeds the term that it is
           added to.
         nonfinite_updates, nonfinite_params, nonfinite_state: number of NaN and infinite
-          elements; not per leaf.
+          elements.
 
     Raises:
       ValueError: if `state` does not hold exactly one RMSPropState, a number is
@@ -74,6 +75,8 @@ def metrics(
       >>> print(f"{found['update_rms']:.3f} {found['param_rms']:.3f}")
       0.200 3.536
     """
+    eps_in_sqrt = checks.flag("eps_in_sqrt", eps_in_sqrt)
+    per_layer = checks.flag("per_layer", per_layer)
     state, treedef, stored = _find(state)
     rate = None if learning_rate is None else _rate(learning_rate, state)
     eps = _float32("eps", eps, 0)
@@ -94,14 +97,19 @@ def metrics(
     if alike:  # Leave out what this optimizer does not train.
         trees = {name: {k: tree[k] for k in nu} for name, tree in trees.items()}
 
-    vectors = {k: [*map(_summarize, tree.values())] for k, tree in trees.items()}
-    vectors["nu"] = [_summarize_nu(x, eps, bool(eps_in_sqrt)) for x in nu.values()]
-    others = [_summarize(x) for x in jax.tree.leaves((state.mu, state.trace))]
+    columns = [[*tree.values()] for tree in trees.values()]
+    for tree in (state.mu, state.trace):
+        columns.append([x for x in jax.tree.leaves(tree) if x.size])
+    rows = itertools.zip_longest(*columns, nu.values())
+    leaves = [_summarize(*row, eps=eps, eps_in_sqrt=eps_in_sqrt) for row in rows]
     (step,) = jax.tree.leaves(state.count)
-    found, layers = _combine(**vectors, others=others, lr=rate, per_layer=per_layer)
-    for name, values in jax.tree.map(jax.jit(list), layers).items():
-        found |= {f"{name}/{k}": x for k, x in zip(nu, values, strict=True)}
-    return {"step": step} | found
+    found = {"step": step} | _describe(functools.reduce(_merge, leaves), rate)
+    if rate is not None:
+        found["learning_rate"] = rate
+    if per_layer:
+        for path, leaf in zip(nu, leaves, strict=True):
+            found |= {f"{k}/{path}": x for k, x in _describe(leaf, rate).items()}
+    return found
 
 
 def effective_learning_rate(
@@ -138,11 +146,12 @@ def effective_learning_rate(
       >>> print(diagnostics.effective_learning_rate(state, 0.1))
       [0.2   0.002]
     """
+    eps_in_sqrt = checks.flag("eps_in_sqrt", eps_in_sqrt)
     state, treedef, stored = _find(state)
     rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
-    return treedef.unflatten(
-        rate / _denominator(_values(x), eps, eps_in_sqrt) for x in stored
-    )
+    nu = map(storage.decode, stored)
+    denominators = (_denominator(x, eps, eps_in_sqrt) for x in nu)
+    return treedef.unflatten(rate / x.astype(jnp.float32) for x in denominators)
 
 
 def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
@@ -171,83 +180,74 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
     return np.concatenate([[0.0], 2.0 ** np.arange(-63, 65)]), _histogram(stored)
 
 
-# The elements of the vectors that hold the statistics of a leaf. Thousands of scalars
-# would take seconds to compile.
-_STATISTICS = ("finite", "nonfinite", "squares")
-_NU_STATISTICS = ("finite", "nonfinite", "lowest", "highest", "logs", "below_eps")
-
-
 # Jitted for each leaf, so that leaves of the same shape are compiled only once.
-@jax.jit
-def _summarize(x):
-    squares = jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))
-    # The terms of a finite sum are finite, and need not be counted.
-    known = dict(finite=0 * squares + float(x.size), nonfinite=0 * squares)
-    is_known = jnp.isfinite(squares)
-    found = jax.lax.cond(is_known, lambda _: known, reductions.reduce, x)
-    found["squares"] = squares
-    return jnp.stack([found[name] for name in _STATISTICS])
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _summarize_nu(stored, eps, eps_in_sqrt):
-    nu = _values(stored)
-    # Both doubled, because XLA on CPU fills an array with an eps that is used twice.
-    below_eps = 2 * nu < 2 * (eps if eps_in_sqrt else eps * eps)
-    logs = jnp.log(_denominator(nu, eps, eps_in_sqrt))
-    found = reductions.reduce(nu, lowest=nu, highest=nu, logs=logs, below_eps=below_eps)
-    for name in ("lowest", "highest"):
-        found[name] = _denominator(found[name], eps, eps_in_sqrt)
-    return jnp.stack([found[name] for name in _NU_STATISTICS])
-
-
-@functools.partial(jax.jit, static_argnames="per_layer")
-def _combine(updates, params, nu, others, lr, per_layer):
-    """Compute the metrics of all leaves, and vectors of those of each."""
-    leaves: dict[str, Any] = dict(nu=_columns(_NU_STATISTICS, nu))
-    leaves |= dict(updates=_columns(_STATISTICS, updates))
-    leaves |= dict(params=_columns(_STATISTICS, params))
-    total = {name: reductions.merge(columns) for name, columns in leaves.items()}
-    found = _describe(**total, lr=lr)
-    if lr is not None:
-        found["learning_rate"] = lr
-    found["nonfinite_updates"] = total["updates"]["nonfinite"]
-    found["nonfinite_params"] = total["params"]["nonfinite"]
-    found["nonfinite_state"] = total["nu"]["nonfinite"]
-    if others:
-        found["nonfinite_state"] += _columns(_STATISTICS, others)["nonfinite"].sum()
-    return found, _describe(**leaves, lr=lr) if per_layer else {}
-
-
-def _columns(names, vectors):
-    return dict(zip(names, jnp.stack(vectors, 1), strict=True))
-
-
-def _describe(updates, params, nu, lr):
-    """Compute the metrics of a leaf, or of all, from the statistics of each tree."""
-    update_rms = jnp.sqrt(_mean(updates, "squares"))
-    param_rms = jnp.sqrt(_mean(params, "squares"))
-    # 0 where parameters that are 0 did not move.
-    ratio = jnp.where(update_rms == 0, 0, update_rms / param_rms)
-    found = dict(update_rms=update_rms, param_rms=param_rms, update_ratio=ratio)
-    found["eps_share"] = _mean(nu, "below_eps")
-    if lr is not None:
-        mean = jnp.exp(_mean(nu, "logs"))
-        found["effective_learning_rate_min"] = lr / nu["highest"]
-        found["effective_learning_rate_mean"] = lr / mean
-        found["effective_learning_rate_max"] = lr / nu["lowest"]
+@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
+def _summarize(updates, params, mu, trace, nu, eps, eps_in_sqrt):
+    """Return statistics of a leaf's arrays, each float32 []; arrays may be None."""
+    signed = dict(updates=updates, params=params, mu=mu, trace=trace)
+    signed = {name: x for name, x in signed.items() if x is not None}
+    square = lambda x: jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))
+    count = lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
+    squares = jax.tree.map(square, signed)
+    # The terms of a finite sum are finite: there is nothing to count.
+    nonfinite = jax.lax.cond(
+        jnp.isfinite(sum(squares.values())),
+        lambda _: jax.tree.map(lambda x: 0 * x, squares),
+        lambda signed: jax.tree.map(count, signed),
+        signed,
+    )
+    found = {f"{name}_squares": x for name, x in squares.items()}
+    found |= {f"{name}_nonfinite": x for name, x in nonfinite.items()}
+    found |= {f"{name}_size": jnp.float32(x.size) for name, x in signed.items()}
+    if nu is not None:
+        nu = storage.decode(nu)
+        moments = reductions.reduce(
+            nonfinite=~jnp.isfinite(nu),
+            lowest=nu,
+            highest=nu,
+            logs=jnp.log(_denominator(nu, eps, eps_in_sqrt)),
+            # Doubled, because XLA on CPU fills an array with an eps that is used twice.
+            below_eps=2 * (nu if eps_in_sqrt else jnp.sqrt(nu))
+            < (2 * eps).astype(nu.dtype),
+        )
+        for name in ("lowest", "highest"):
+            moments[name] = _denominator(moments[name], eps, eps_in_sqrt)
+        moments["size"] = jnp.float32(nu.size)
+        found |= {f"nu_{k}": x.astype(jnp.float32) for k, x in moments.items()}
     return found
 
 
-def _mean(sums, name):
-    return sums[name] / (sums["finite"] + sums["nonfinite"])
+@jax.jit
+def _merge(one, other):
+    """Return the statistics of the leaves that are in either."""
+    merges = dict(nu_lowest=jnp.minimum, nu_highest=jnp.maximum)
+    both = [k for k in one if k in other]
+    return one | other | {k: merges.get(k, jnp.add)(one[k], other[k]) for k in both}
 
 
-def _values(stored):
-    return storage.decode(stored).astype(jnp.float32)
+@jax.jit
+def _describe(x, lr):
+    """Compute the metrics of a leaf, or of all, from its statistics."""
+    update_rms = jnp.sqrt(x["updates_squares"] / x["updates_size"])
+    param_rms = jnp.sqrt(x["params_squares"] / x["params_size"])
+    # 0 where parameters that are 0 did not move.
+    ratio = jnp.where(update_rms == 0, 0, update_rms / param_rms)
+    found = dict(update_rms=update_rms, param_rms=param_rms, update_ratio=ratio)
+    found["eps_share"] = x["nu_below_eps"] / x["nu_size"]
+    if lr is not None:
+        mean = jnp.exp(x["nu_logs"] / x["nu_size"])
+        found["effective_learning_rate_min"] = lr / x["nu_highest"]
+        found["effective_learning_rate_mean"] = lr / mean
+        found["effective_learning_rate_max"] = lr / x["nu_lowest"]
+    found["nonfinite_updates"] = x["updates_nonfinite"]
+    found["nonfinite_params"] = x["params_nonfinite"]
+    moments = x["nu_nonfinite"] + x.get("mu_nonfinite", 0)
+    found["nonfinite_state"] = moments + x.get("trace_nonfinite", 0)
+    return found
 
 
 def _denominator(nu, eps, eps_in_sqrt):
+    eps = eps.astype(nu.dtype)
     return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
 
 
@@ -295,6 +295,6 @@ def _by_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name in found:
             raise ValueError(f"two leaves have the path {name}. Rename one of them.")
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and np.size(x):
+        if jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.inexact) and np.size(x):
             found[name] = x
     return found

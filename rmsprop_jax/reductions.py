@@ -1,4 +1,4 @@
-"""Statistics of large arrays, each computed in one or two passes."""
+"""Statistics of large arrays, computed in one or two passes."""
 
 from typing import Any
 
@@ -7,41 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-# How statistics merge, and the value for no elements; those not listed are added.
 MERGES = dict(lowest=jax.lax.min, highest=jax.lax.max)
 IDENTITIES = dict(lowest=np.inf, highest=-np.inf)
 
 
-def reduce(x, **columns):
-    """Count the finite and the other elements of x, and reduce columns of its shape.
+def reduce(**columns):
+    """Reduce arrays of one shape to scalars: masks to counts, others as in `MERGES`.
 
-    Returns float32 scalars by name. Masks are counted; counts and `MERGES` share one
-    loop. Sums use `jnp.sum`, which compiles to a tree of float32 additions: a plain
-    loop would be imprecise.
+    Those not listed are added by `jnp.sum`, which compiles to a tree of additions: a
+    plain loop would be imprecise. Counts and `MERGES` share one loop, and are constants
+    to derivatives.
     """
-    # Both are counted, because XLA on CPU would store a mask that is counted alone.
-    columns |= dict(finite=jnp.isfinite(x), nonfinite=~jnp.isfinite(x))
     found, joint = {}, {}
     for name, column in columns.items():
         if column.dtype == bool:
-            column = column.astype(jnp.uint32 if x.size < 2**32 else jnp.float32)
-        if column.dtype == jnp.uint32 or name in MERGES:
-            joint[name] = column
-        else:
+            column = column.astype(jnp.uint32 if column.size < 2**32 else jnp.float32)
+        elif name not in MERGES:
             found[name] = jnp.sum(column)
-    if joint:
-        found |= merge(joint, range(x.ndim))
-    return {name: total.astype(jnp.float32) for name, total in found.items()}
-
-
-def merge(columns, axes=(0,)):
-    """Reduce arrays of statistics over some axes, all in one loop."""
+            continue
+        joint[name] = jax.lax.stop_gradient(column)
 
     def join(one, other):
         return {k: MERGES.get(k, jax.lax.add)(x, other[k]) for k, x in one.items()}
 
-    identities = {k: x.dtype.type(IDENTITIES.get(k, 0)) for k, x in columns.items()}
-    return jax.lax.reduce(columns, identities, join, axes)
+    identities = {k: x.dtype.type(IDENTITIES.get(k, 0)) for k, x in joint.items()}
+    axes = range(max(x.ndim for x in joint.values()))
+    return found | jax.lax.reduce(joint, identities, join, axes)
 
 
 def histogram(x):

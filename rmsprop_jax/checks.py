@@ -134,10 +134,8 @@ def state(state, centered, momentum):
         "Pass the state that init or the last update returned; convert a state of "
         "optax.rmsprop with interop.from_optax.",
     )
-    for name, option, wanted in (
-        ("mu", "centered", centered),
-        ("trace", "momentum", momentum),
-    ):
+    wanted_by = ("mu", "centered", centered), ("trace", "momentum", momentum)
+    for name, option, wanted in wanted_by:
         if (getattr(state, name) is not None) != wanted:
             raise ValueError(
                 f"state.{name} is {'missing' if wanted else 'present'}, but {option} "
@@ -195,10 +193,7 @@ def is_absent(g):
 
 def gradient(g, p, nu, mu, trace, param_dtype, reads_params, treedef, i):
     """Raise ValueError if gradient leaf i does not match its parameter and state."""
-
-    def at():
-        return _path(treedef, i)
-
+    at = lambda: _path(treedef, i)
     for name, x in (("updates", g), ("params", p))[: 1 + reads_params]:
         if not hasattr(x, "dtype"):
             raise ValueError(f"{name}{at()} must be an array, got {type(x).__name__}.")
@@ -227,7 +222,7 @@ def gradient(g, p, nu, mu, trace, param_dtype, reads_params, treedef, i):
             "also reads the float32 scales of version 0.1."
         )
     for dtype in (param_dtype, *(x.dtype for x in (mu, trace) if x is not None)):
-        if dtype is not None and _is_complex(dtype) != _is_complex(g.dtype):
+        if dtype is not None and (dtype.kind == "c") != (g.dtype.kind == "c"):
             raise ValueError(
                 f"updates{at()} is {g.dtype}, but its parameter or state is {dtype}. "
                 "Both must be real, or both complex."
@@ -256,10 +251,6 @@ def mask(mask, params, treedef):
     # Where params have a subtree in place of a leaf, which another check refuses, so
     # does the mask, and a subtree cannot be hashed.
     return tuple(x is True for x in found)
-
-
-def _is_complex(dtype):
-    return jnp.issubdtype(dtype, jnp.complexfloating)
 
 
 def _path(treedef, i):

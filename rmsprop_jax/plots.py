@@ -42,10 +42,9 @@ def training_curves(
       >>> print(axes.get_ylabel(), axes.lines[0].get_ydata())
       loss [1.   0.5  0.25]
     """
-    runs = {}
+    runs, lines = {}, {}
     for row in _complete(rows, x, value):
         runs.setdefault(row.get(by, ""), []).append(row)
-    lines = {}
     for name, run in runs.items():
         last = f"{float(run[-1][value]):.3g}"
         lines[f"{name}: {last}" if name else last] = run, value
@@ -136,7 +135,7 @@ def denominator(
 def _complete(rows, x, value):
     """Return the rows that have both keys; an empty table cell counts as missing."""
     rows = list(rows)
-    has = lambda row, key: str(row.get(key, "")) not in ("", "None")  # noqa: E731
+    has = lambda row, key: str(row.get(key, "")) not in ("", "None")
     found = [row for row in rows if has(row, x) and has(row, value)]
     if not found:
         keys = ", ".join(dict.fromkeys(k for row in rows for k in row))

@@ -93,9 +93,8 @@ def step(  # noqa: D417
     work = np.promote_types(real, g.dtype) if jnp.iscomplexobj(g) else real
     output_dtypes = [update_dtype or g.dtype]
     output_dtypes += [None if x is None else x.dtype for x in (nu, mu, trace)]
-    g, p, mu, trace = (_cast(x, work) for x in (g, p, mu, trace))
-    lr, momentum, l2, weight_decay = (
-        _cast(x, work) for x in (lr, momentum, l2, weight_decay)
+    g, p, mu, trace, lr, momentum, l2, weight_decay = (
+        _cast(x, work) for x in (g, p, mu, trace, lr, momentum, l2, weight_decay)
     )
     nu, decay, c, eps = (_cast(x, real) for x in (nu, decay, one_minus_decay, eps))
 
@@ -177,9 +176,7 @@ def _ratio(x, v, eps, m, n):
     JAX's own derivatives are NaN where x and v are 0, or eps is small: they multiply 0
     by infinity. Here each factor of a derivative is again such a ratio, and finite.
     """
-    factors = []
-    if m:
-        factors += m * [jax.lax.rsqrt(v)]
+    factors = m * [jax.lax.rsqrt(v)] if m else []
     if n:
         factors += n * [1 / (jnp.sqrt(v) + eps)]
     for factor in factors:

@@ -177,7 +177,7 @@ SMALL = dict(nu_dtype="uint8", momentum_dtype="bfloat16")
 @partial(jax.jit, static_argnames="steps")
 def read_back(x, old, steps):
     """Return the values of x as they are stored, like `old`, in each of these steps."""
-    encode = lambda t: storage.decode(storage.encode_dithered(x, old, t))  # noqa: E731
+    encode = lambda t: storage.decode(storage.encode_dithered(x, old, t))
     return jax.vmap(encode)(jnp.arange(1, steps + 1))
 
 
@@ -192,7 +192,7 @@ def assert_within_an_ulp(state, other):
 
 
 def assert_placed(tree, shardings):
-    same = lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim)  # noqa: E731
+    same = lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim)
     assert jax.tree.all(jax.tree.map(same, tree, shardings))
 
 

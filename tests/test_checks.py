@@ -184,7 +184,7 @@ def test_a_wrong_leaf_of_a_mask_or_of_params_beside_one_is_named():
     refuse(
         decay(weight_decay_mask=mask), "weight_decay_mask", "It has 1 at ['deep'][0]."
     )
-    everywhere = lambda params: jax.tree.map(lambda _: True, params)  # noqa: E731
+    everywhere = lambda params: jax.tree.map(lambda _: True, params)
     words, params = "params['w'] must be an array, got dict", tree(w=dict(v=1.0))
     refuse(decay(weight_decay_mask=everywhere), words, params=params)
 
@@ -215,5 +215,5 @@ def test_schedules_that_return_no_finite_scalar_are_refused():
         (float("nan"), "must be finite, got nan"),
         (-np.inf, "must be finite, got -inf"),
     ):
-        schedule = lambda count, rate=rate: rate  # noqa: E731
+        schedule = lambda count, rate=rate: rate
         refuse(dict(learning_rate=schedule), "learning_rate(count)", words)

@@ -29,7 +29,7 @@ def quantize(x):
 def run(decay, grads, nu_dtype="uint8"):
     """Return the update of each step, for stacked gradients, and the last state."""
     tx = scale_by_rms(decay, eps=0.0, nu_dtype=nu_dtype)
-    step = lambda state, g: tx.update(g, state)[::-1]  # noqa: E731
+    step = lambda state, g: tx.update(g, state)[::-1]
     scan = jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads)[::-1])
     return scan(jnp.asarray(grads, jnp.float32))
 

@@ -177,7 +177,7 @@ def test_an_nnx_optimizer_learns():
 
     @nnx.jit
     def step(model, optimizer):
-        loss = lambda m: ((m(INPUTS) - TARGETS) ** 2).mean()  # noqa: E731
+        loss = lambda m: ((m(INPUTS) - TARGETS) ** 2).mean()
         value, grads = nnx.value_and_grad(loss)(model)
         optimizer.update(model, grads)
         return value

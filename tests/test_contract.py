@@ -95,7 +95,7 @@ def test_update_runs_in_scan_and_cond():
 
     def step(new, row):
         grads, taken = row
-        take = lambda: update_all(grads, states_of(new), params)  # noqa: E731
+        take = lambda: update_all(grads, states_of(new), params)
         return jax.lax.cond(taken, take, lambda: new), None
 
     grads = jax.tree.map(lambda *x: np.stack(x), *map(normal, (1, 2, 3)))
@@ -270,7 +270,7 @@ def test_update_runs_in_shard_map():
 
 
 def test_an_ensemble_is_vmapped_over_its_params():
-    stack = lambda *trees: jax.tree.map(lambda *x: np.stack(x), *trees)  # noqa: E731
+    stack = lambda *trees: jax.tree.map(lambda *x: np.stack(x), *trees)
     states = jax.vmap(init_all)(stack(normal(1), normal(0)))
     grads, params = stack(normal(2), normal(1)), stack(normal(1), normal(0))
     new = jax.jit(jax.vmap(update_all))(grads, states, params)

@@ -242,7 +242,7 @@ def test_equal_groups_are_joined_in_their_order_and_continue_a_schedule():
     given["state_dict"]["param_groups"] = groups
     # The largest step counts.
     given["state_dict"]["state"][0]["step"] = np.float32(COUNT - 2)
-    lr = lambda count: seen.append(count) or 0.5  # noqa: E731
+    lr = lambda count: seen.append(count) or 0.5
     optimizer, state = load("torch", given, lambda x: to_params(x[::-1]), lr=lr)
     assert_same(state, load("torch", saved("torch"))[1])
     optimizer.update(params, state, params)

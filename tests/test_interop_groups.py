@@ -139,7 +139,7 @@ def test_groups_frozen_layers_and_two_biases_move_here_and_back(kind, twice):
         set_params(optimizer, params, twice)
         backward(model, x)
         updates, state = tx.update(get_gradients(optimizer, twice), state, params)
-        add = lambda p, u: p if u is None else p + u  # noqa: E731
+        add = lambda p, u: p if u is None else p + u
         params = jax.tree.map(add, params, updates)
         assert_close(params, get_params(expected, twice), rtol=0, atol=1e-12)
 

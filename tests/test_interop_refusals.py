@@ -149,7 +149,7 @@ CHANGES = dict(
 def test_an_arrangement_must_keep_the_elements(change):
     words, (_, state) = "must return every element once", load("tf1", saved("tf1"))
     before = jax.tree.map(np.array, state)
-    arrange = lambda x: change(to_params(x))  # noqa: E731
+    arrange = lambda x: change(to_params(x))
     assert_refused("tf1", saved("tf1"), f"to_params {words}", arrange)
     with refusal(f"from_params {words} and unchanged, got"):
         save("tf1", state, lambda x: jax.tree.leaves(change(x)))

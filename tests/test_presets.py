@@ -223,7 +223,7 @@ def test_maximize_negates_the_gradient_before_anything_else():
     options = dict(weight_decay=0.1, momentum=0.9, centered=True)
     up = presets.torch(0.1, **options, maximize=True)
     down = presets.torch(0.1, **options)
-    negated = lambda g, *rest: down.update(jax.tree.map(jnp.negative, g), *rest)  # noqa: E731
+    negated = lambda g, *rest: down.update(jax.tree.map(jnp.negative, g), *rest)
     assert_same(run(up, normal(0)), run(down, normal(0), negated))
 
 

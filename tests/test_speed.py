@@ -61,7 +61,7 @@ def test_a_wrong_step_is_not_timed():
 def test_runs_take_turns_and_are_prepared_anew():
     events = []
     runs = {name: lambda name=name: events.append(name) for name in "ab"}
-    prepare = lambda run: events.append("prepared") or run  # noqa: E731
+    prepare = lambda run: events.append("prepared") or run
     found = speed.interleaved(runs, 3, prepare)
     assert events == 4 * ["prepared", "a", "prepared", "b"]
     assert found.keys() == {"a", "b"} and min(found.values()) > 0

@@ -138,7 +138,7 @@ def test_direct_and_scanned_updates_agree_and_are_near_float32(small):
     txs = tx, _ = [rmsprop(0.01, **BOTH, **each) for each in (small, {})]
     grads = gradients(30, SHAPES)
     (updates, exact), (states, _) = scan(together(txs), grads)
-    rms = lambda x: np.sqrt(np.mean(np.square(x)))  # noqa: E731
+    rms = lambda x: np.sqrt(np.mean(np.square(x)))
     for name in ("matrix", "cube", "vector"):
         moved = exact[name].sum(0)
         assert rms(updates[name].sum(0) - moved) <= 0.05 * rms(moved)
@@ -176,7 +176,7 @@ def test_state_lives_where_params_do_and_compiles_once(kind):
 def test_update_runs_in_shard_map_and_vmap():
     tx, where = rmsprop(0.01, **BOTH, **SMALL), NamedSharding(mesh_of(8), P("data"))
     params = jax.device_put(draw(0, SHAPES)["cube"], where)
-    update = lambda p: tx.update(p, tx.init(p), p)  # noqa: E731
+    update = lambda p: tx.update(p, tx.init(p), p)
     expected = jax.jit(update)(params)
     given = params, tx.init(params), params
     specs = jax.tree.map(lambda x: x.sharding.spec, given)

@@ -91,7 +91,7 @@ class Halved:
 
 
 def test_stateful_and_branching_schedules_work_in_direct_calls():
-    branching = lambda count: 0.2 if count < 1 else 0.1  # noqa: E731
+    branching = lambda count: 0.2 if count < 1 else 0.1
     for schedule in (branching, Halved(0.4)):
         first, second = first_updates(rmsprop(schedule))
         assert_close(first, first_updates(rmsprop(0.2))[0])

@@ -64,9 +64,7 @@ def parse(arguments):
     add("--eps", default=1e-8, type=float, help="of rmsprop; default: %(default)s")
     add("--momentum", type=float, help="of rmsprop; default: none")
     add("--centered", action="store_true", help="of rmsprop; default: not centered")
-    add(
-        "--zero", action="store_true", help="shard the optimizer state over the devices"
-    )
+    add("--zero", action="store_true", help="shard the optimizer state over devices")
     add("--epochs", default=20, type=int, help="default: 20; may change on --resume")
     add("--batch-size", default=32, type=int, help="on all devices; default: 32")
     add("--seed", default=0, type=int, help="of parameters and batches; default: 0")
@@ -122,11 +120,7 @@ def connect(options):
             )
             address = None if address == "auto" else address
             jax.distributed.initialize(
-                address,
-                n,
-                i,
-                initialization_timeout=60,
-                heartbeat_timeout_seconds=20,
+                address, n, i, initialization_timeout=60, heartbeat_timeout_seconds=20
             )
         devices = len(jax.devices())
     except Exception as error:

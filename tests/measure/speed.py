@@ -166,7 +166,7 @@ def many_leaves(count, rounds):
     """Print the rows of a tree of small leaves."""
     params, grads = problem(count * [(32, 32)])
     few, size = (rounds + 2) // 3, f"{count} x 32^2"
-    to_compile = lambda lower: fresh(lower)().compile  # noqa: E731
+    to_compile = lambda lower: fresh(lower)().compile
     for name, options in OPTIONS.items():
         txs = [module.rmsprop(1e-3, **options) for module in LIBRARIES]
         calls = [(tx.update, grads, tx.init(params), params) for tx in txs]
@@ -200,7 +200,7 @@ def first_use(count, rates, blocks, side, rounds):
     compare(what, size, "optax", *sweeps, rounds)
 
     metrics = partial(diagnostics.metrics, learning_rate=1e-3)
-    convert = lambda _, state, __: storage.convert(state, **UINT8)  # noqa: E731
+    convert = lambda _, state, __: storage.convert(state, **UINT8)
     leaves = transformer(64, blocks)
     for what, function, shapes in (
         ("metrics", metrics, leaves),
@@ -214,7 +214,7 @@ def first_use(count, rates, blocks, side, rounds):
 
     params, grads = problem([(side, side)])
     step = Stepper(tx, params, grads)
-    later = lambda: metrics(grads, *reversed(step.held))  # noqa: E731
+    later = lambda: metrics(grads, *reversed(step.held))
     compare("metrics", f"{side}^2", "step", later, step, rounds, None)
 
 

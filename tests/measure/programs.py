@@ -1,10 +1,11 @@
 """Train with other libraries, with Optax's RMSProp and with ours in its place.
 
 `python tests/measure/programs.py > tests/measure/programs.md` needs the extra
-`programs`. It fails where results differ by more than rounding explains: by more than
-16 ulp plus 4 times what changes if Optax's updates are 4 ulp longer. Two correct
-implementations are within 4 ulp of each other, as each rounds about ten times in a
-step. Differences are relative to the largest number of an array.
+`programs`. It fails where results differ by more than rounding explains. Each of two
+implementations rounds about ten times in a step, by up to half an ulp, so their updates
+differ by up to 10 ulp: results may differ by what changes if all of Optax's updates are
+10 ulp longer, and 10 ulp more. Differences are relative to the largest number of an
+array.
 """
 
 import datetime
@@ -190,14 +191,14 @@ PROGRAMS = (
     *(diffrax, equinox, flax, optimistix, jaxopt),
     *(numpyro, blackjax, flowjax, gpjax, netket),
 )
-OFF = "loss differs by", "parameters differ by", "at 4 ulp"
+OFF = "loss differs by", "parameters differ by", "at 10 ulp"
 
 
 def longer(*args, **kwargs):
-    """Return optax.rmsprop with updates that are 4 ulp longer."""
+    """Return optax.rmsprop with updates that are 10 ulp longer."""
 
     def scale(updates, params):
-        return jax.tree.map(lambda u: u * (1 + 4 * jnp.finfo(u.dtype).eps), updates)
+        return jax.tree.map(lambda u: u * (1 + 10 * jnp.finfo(u.dtype).eps), updates)
 
     return optax.chain(optax.rmsprop(*args, **kwargs), optax.stateless(scale))
 
@@ -231,7 +232,7 @@ def main():
         name, about = program.__name__, program.__doc__.rstrip(".")
         cells = f"{old[0]:.7g}", f"{new[0]:.7g}", *(f"{x:.0e}" for x in off)
         measuring.row(f"{name} {version(name)}", about, *cells)
-        allowed = 4 * noise + 16 * np.finfo(old[0].dtype).eps
+        allowed = noise + 10 * np.finfo(old[0].dtype).eps
         if not np.max(off[:2]) <= allowed:  # True for NaN too.
             failed.append(name)
     sys.exit(f"Results disagree: {', '.join(failed)}" if failed else 0)

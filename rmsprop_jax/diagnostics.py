@@ -1,8 +1,9 @@
 """Diagnostics of training, computed from updates, optimizer state and parameters.
 
-The functions are pure, under `jax.jit` or outside it, and the state stores nothing for
-them. `metrics` reads a leaf at most twice, in any storage format; devices exchange only
-sums and extrema. `nu`, not bias-corrected, and `eps` are those of `rmsprop_jax.rule`.
+The functions are pure, and the state stores nothing for them. `metrics` reads a leaf at
+most twice, in any storage format; devices exchange only sums and extrema. Outside `jit`
+it compiles one program for each shape; inside, the caller's program grows with each
+leaf. `nu`, not bias-corrected, and `eps` are those of `rmsprop_jax.rule`.
 """
 
 import functools
@@ -149,8 +150,7 @@ def effective_learning_rate(
     eps_in_sqrt = checks.flag("eps_in_sqrt", eps_in_sqrt)
     state, treedef, stored = _find(state)
     rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
-    nu = map(storage.decode, stored)
-    denominators = (_denominator(x, eps, eps_in_sqrt) for x in nu)
+    denominators = (_denominator(storage.decode(x), eps, eps_in_sqrt) for x in stored)
     return treedef.unflatten(rate / x.astype(jnp.float32) for x in denominators)
 
 

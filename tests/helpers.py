@@ -59,6 +59,13 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
+def programs(f, *args, **kwargs):
+    """Return how many programs are compiled in a call."""
+    before = len(COMPILED)
+    f(*args, **kwargs)
+    return sum("backend_compile" in event for event in COMPILED[before:])
+
+
 def draw(seed, shapes, dtypes=None):
     """Return a random tree of arrays with these shapes; float32 unless told."""
     random = np.random.default_rng(seed)

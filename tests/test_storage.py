@@ -19,6 +19,7 @@ from helpers import (
     draw,
     mesh_of,
     nbytes,
+    programs,
     read_back,
     refusal,
     scan,
@@ -206,6 +207,12 @@ def test_codes_are_trees_like_params():
     state = tx.init(draw(0, MATRIX))
     found = optax.tree.map_params(tx, lambda _, name: name, state, names)
     assert all(tree == names for tree in (*found.nu, found.mu, found.trace))
+
+
+def test_a_state_is_converted_by_one_program():
+    state = rmsprop(0.1, **BOTH).init(draw(0, SHAPES | dict(more=(65, 67))))
+    assert programs(storage.convert, state, **SMALL) == 1
+    assert programs(storage.convert, state, **SMALL) == 0
 
 
 def test_a_converted_state_resumes():

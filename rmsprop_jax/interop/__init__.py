@@ -15,7 +15,7 @@ PyTorch's LSTM has two biases where Flax has one; so do gates r and z of its GRU
 have the same gradient and, without weight decay, the same state: cut one out of the
 row of bias_hh, add the biases, and double the updates of the sum with
 `optax.masked(optax.scale(2.0), mask)`. `tests/test_interop_groups.py` does this both
-ways, with frozen layers, and weight decay of kernels only.
+ways, with a frozen layer, and weight decay of kernels only.
 """
 
 from rmsprop_jax.interop.keras import from_keras, to_keras

@@ -17,6 +17,7 @@ HALF = "Averages freeze in half precision: cast it to float32 to accept that."
 COMPLEX = "PyTorch treats a complex parameter as two real ones: convert its buffers as "
 COMPLEX += "torch.view_as_real, with optax.contrib.split_real_and_imaginary(optimizer)."
 FIXES = dict(float16=HALF, bfloat16=HALF, complex64=COMPLEX, complex128=COMPLEX)
+X64 = "Enable jax.config.jax_enable_x64, or cast it."
 
 
 def check_entries(mapping, at, names, fix, optional=None):
@@ -56,9 +57,7 @@ def check_dtype(at, x, allowed=REAL):
     dtype = getattr(dtype, "name", str(dtype).removeprefix("torch."))
     enabled = [x for x in allowed if jax.dtypes.canonicalize_dtype(x) == x]
     if dtype not in enabled:
-        fix = FIXES.get(dtype, "")
-        if dtype in allowed:
-            fix = "Enable jax.config.jax_enable_x64, or cast it."
+        fix = X64 if dtype in allowed else FIXES.get(dtype, "")
         raise ValueError(f"{at} must be {' or '.join(enabled)}, got {dtype}. {fix}")
 
 

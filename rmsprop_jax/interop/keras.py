@@ -13,6 +13,7 @@ from rmsprop_jax.transform import RMSPropState
 # In the order in which Keras saves them.
 NAMES = {"nu": "velocity", "trace": "momentum", "mu": "average_gradient"}
 REQUIRED = ("learning_rate", "rho", "momentum", "epsilon", "centered")
+OPTIONS = (*REQUIRED, "weight_decay")
 UNSUPPORTED = ("clipnorm", "clipvalue", "global_clipnorm", "use_ema")
 UNSUPPORTED += ("loss_scale_factor", "gradient_accumulation_steps")
 
@@ -94,8 +95,7 @@ def from_keras(
     if learning_rate is None:
         # Callbacks change this rate, not the one in config.
         learning_rate = float(np.asarray(variables[1]))
-    options: dict[str, Any] = {name: config[name] for name in REQUIRED}
-    options["weight_decay"] = config.get("weight_decay")
+    options: dict[str, Any] = {k: x for k, x in config.items() if k in OPTIONS}
     options |= dict(learning_rate=learning_rate, weight_decay_mask=weight_decay_mask)
     return presets.keras(**options), state
 

@@ -35,89 +35,84 @@ def draw(seed):
     return dict(kernel=random.normal(size=(2, 3)), bias=random.normal(size=4))
 
 
-def torch_list(params):
-    import torch
-
-    return list(map(torch.tensor, from_params(params)))
-
-
-def from_torch(preset, optimizer, **inside):
-    saved = optimizer.state_dict()
-    return interop.from_torch(saved, to_params, lr=schedule, preset=preset)
+def find(run):
+    """Return the optimizer and the parameters of an original that is running."""
+    inside = inspect.getgeneratorlocals(run)
+    return inside["optimizer"], inside["leaves"]
 
 
-def to_torch(state, preset, optimizer, **inside):
-    (group,) = optimizer.param_groups
-    before = group.copy()
-    saved = interop.to_torch(state, torch_list, preset=preset, **group)
-    optimizer.load_state_dict(saved)
-    assert optimizer.param_groups == [before]
+def slots(optimizer, leaves, options):
+    names = ["rms", "mg", "momentum"] if options else ["rms"]
+    return {name: [optimizer.get_slot(p, name) for p in leaves] for name in names}
 
 
-def from_keras(preset, optimizer, **inside):
-    stored = {}
-    optimizer.save_own_variables(stored)
+def leave(optimizer, leaves, preset, options):
+    """Convert the state of an original; return the transformation and the state."""
+    if hasattr(optimizer, "state_dict"):
+        saved = optimizer.state_dict()
+        return interop.from_torch(saved, to_params, lr=schedule, preset=preset)
+    if hasattr(optimizer, "get_slot"):
+        saved = slots(optimizer, leaves, options)
+        state = interop.from_tf1(saved, to_params, count=OUT)
+        return preset(schedule, **options), state
+    optimizer.save_own_variables(stored := {})
     config = optimizer.get_config()
     return interop.from_keras(stored, config, to_params, learning_rate=schedule)
 
 
-def to_keras(state, preset, optimizer, **inside):
-    stored = interop.to_keras(state, from_params, learning_rate=0.0)
-    optimizer.load_own_variables(stored)
+def enter(optimizer, leaves, preset, options, state):
+    """Convert a state back and load it into an original."""
+    if hasattr(optimizer, "state_dict"):
+        import torch
+
+        (group,) = optimizer.param_groups
+        before = group.copy()
+        to_tensors = lambda params: list(map(torch.tensor, from_params(params)))
+        saved = interop.to_torch(state, to_tensors, preset=preset, **group)
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups == [before]
+    elif hasattr(optimizer, "get_slot"):
+        moved = interop.to_tf1(state, from_params)
+        for name, variables in slots(optimizer, leaves, options).items():
+            for variable, x in zip(variables, moved[name], strict=True):
+                variable.assign(x)
+    else:
+        stored = interop.to_keras(state, from_params, learning_rate=0.0)
+        optimizer.load_own_variables(stored)
 
 
-def slots(optimizer, leaves, options):
-    names = dict(mg="centered", momentum="momentum")
-    names = ["rms", *(name for name, option in names.items() if option in options)]
-    return {name: [optimizer.get_slot(p, name) for p in leaves] for name in names}
-
-
-def from_tf1(preset, optimizer, leaves, options, **inside):
-    state = interop.from_tf1(slots(optimizer, leaves, options), to_params, count=OUT)
-    return preset(schedule, **{k: BOTH[k] for k in BOTH if k in options}), state
-
-
-def to_tf1(state, preset, optimizer, leaves, options, **inside):
-    moved = interop.to_tf1(state, from_params)
-    for name, variables in slots(optimizer, leaves, options).items():
-        for variable, x in zip(variables, moved[name], strict=True):
-            variable.assign(x)
-
-
-TORCH = originals.torch, from_torch, to_torch
-KERAS = originals.keras, from_keras, to_keras
-TF_KERAS = originals.tensorflow, from_tf1, to_tf1
-# Its default is rounded to float32.
-TF1 = partial(originals.tensorflow, epsilon=1e-10), from_tf1, to_tf1
+# The default epsilon of TensorFlow 1 is rounded to float32.
+TF1 = partial(originals.tensorflow, epsilon=1e-10)
 DECOUPLED = DECAYED | dict(decoupled_decay=True, lr_in_momentum=False)
 ORIGINALS = dict(
-    torch=("torch", presets.torch, DECAYED | dict(maximize=True), TORCH),
-    timm=("timm", presets.timm, DECAYED, TORCH),
-    timm_decoupled=("timm", presets.timm, DECOUPLED, TORCH),
-    sb3=("stable_baselines3", presets.sb3, DECAYED, TORCH),
-    keras=("keras", presets.keras, DECAYED, KERAS),
-    tf1=("tensorflow", presets.tf1, BOTH, TF1),
-    keras_legacy=("tf_keras", presets.keras_legacy, BOTH, TF_KERAS),
+    torch=("torch", originals.torch, presets.torch, DECAYED | dict(maximize=True)),
+    timm=("timm", originals.torch, presets.timm, DECAYED),
+    timm_decoupled=("timm", originals.torch, presets.timm, DECOUPLED),
+    sb3=("stable_baselines3", originals.torch, presets.sb3, DECAYED),
+    keras=("keras", originals.keras, presets.keras, DECAYED),
+    tf1=("tensorflow", TF1, presets.tf1, BOTH),
+    keras_legacy=("tf_keras", originals.tensorflow, presets.keras_legacy, BOTH),
 )
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_a_run_moves_here_and_back(name, full):
-    package, preset, options, (run, leave, enter) = ORIGINALS[name]
+    package, original, preset, options = ORIGINALS[name]
     # Not importorskip: of timm, only the optimizers need to be importable.
     if not originals.installed(package):
         pytest.skip(f"{package} is not installed")
     options = options if full else {}
+    run = partial(original, package, options)
     first = from_params(draw(100))
     steps = [(from_params(draw(t)), rate) for t, rate in enumerate(RATES)]
 
     with originals.quiet():
-        expected = list(run(package, options, first, steps))
-        there = run(package, options, first, steps)
+        expected = list(run(first, steps))
+        there = run(first, steps)
         for _ in range(OUT):
             arrays = next(there)
-    tx, state = leave(preset, **inspect.getgeneratorlocals(there))
+    tx, state = leave(*find(there), preset, options)
     params = to_params(arrays)
     for t in range(OUT, BACK):
         grads = jax.tree.map(jnp.asarray, draw(t))
@@ -129,9 +124,9 @@ def test_a_run_moves_here_and_back(name, full):
 
     # A first step of rate 0 creates the state that is replaced.
     nothing = [np.zeros_like(x) for x in first], 0.0
-    there = run(package, options, from_params(params), [nothing, *steps[BACK:]])
+    there = run(from_params(params), [nothing, *steps[BACK:]])
     next(there)
-    enter(state, preset, **inspect.getgeneratorlocals(there))
+    enter(*find(there), preset, options, state)
     for t in range(BACK, STEPS):
         assert_close(next(there), expected[t], rtol=0, atol=1e-12)
 
@@ -141,7 +136,7 @@ def test_complex_parameters_move_as_two_real_ones():
     params, grads = np.random.default_rng(0).normal(size=(2, 3, 2)) @ [1, 1j]
     run = originals.torch("torch", BOTH, [params], 2 * [([grads], 0.1)])
     (params,) = map(jnp.array, next(run))
-    optimizer = inspect.getgeneratorlocals(run)["optimizer"]
+    optimizer, _ = find(run)
     saved = copy.deepcopy(optimizer.state_dict())
     for name in ("square_avg", "grad_avg", "momentum_buffer"):
         saved["state"][0][name] = torch.view_as_real(saved["state"][0][name])
@@ -176,24 +171,21 @@ def falling(count):
     return 0.05 * (1 - count / 40)
 
 
-def transformations(rmsprop, scale_by_rms, scale_by_stddev):
+def transformations(rmsprop, core, centered_core):
     """Return the transformations of one library, alone and inside others."""
     everything = dict(centered=True, momentum=0.9, nesterov=True, eps_in_sqrt=False)
-    scheduled = rmsprop(falling, momentum=0.9)
+    scheduled = optax.chain(rmsprop(falling, momentum=0.9))
     inject = partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
-    labels = dict(real="x", complex="y")
     parts = dict(x=rmsprop(0.05, initial_scale=1.0), y=rmsprop(0.05))
     return dict(
         everything=rmsprop(0.05, **everything),
         bias_correction=inject(rmsprop)(falling, bias_correction=True),
-        chain=optax.MultiSteps(
-            optax.chain(optax.chain(scheduled), optax.scale(2.0)), 2
-        ),
-        partition=optax.partition(parts, labels),
-        core_before_another=optax.chain(scale_by_rms(), optax.scale(-0.1)),
-        centered_core=scale_by_stddev(),
+        chain=optax.MultiSteps(optax.chain(scheduled, optax.scale(2.0)), 2),
+        partition=optax.partition(parts, dict(real="x", complex="y")),
+        core_before_another=optax.chain(core(), optax.scale(-0.1)),
+        centered_core=centered_core(),
         # It has three parts too, but is no state of optax.rmsprop.
-        core_in_chain=optax.chain(scale_by_rms(), optax.trace(0.9), optax.scale(-0.1)),
+        core_in_chain=optax.chain(core(), optax.trace(0.9), optax.scale(-0.1)),
     )
 
 

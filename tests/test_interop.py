@@ -73,6 +73,10 @@ def save(kind, state, from_params=from_params, **changed):
     return getattr(interop, f"to_{kind}")(state, from_params, **options)
 
 
+# What every kind loads, from buffers in float32.
+_, STATE = load("tf1", saved("tf1"))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.6], ids=["", "momentum"])
 @pytest.mark.parametrize("centered", [False, True], ids=["", "centered"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -135,8 +139,7 @@ def test_zeros_of_both_signs_move():
 
 
 def test_a_compressed_state_is_decoded():
-    _, state = load("tf1", saved("tf1"))
-    small = storage.convert(state, nu_dtype="uint8", momentum_dtype="bfloat16")
+    small = storage.convert(STATE, nu_dtype="uint8", momentum_dtype="bfloat16")
     large = storage.convert(small)
     assert_same(save("tf1", small), save("tf1", large))
     like = optax.rmsprop(0.1, **BOTH).init(draw_params(4))
@@ -168,10 +171,9 @@ def test_hyperparameters_are_those_of_the_run(kind, preset, options, arguments):
 
 
 def test_a_parameter_group_keeps_its_entries():
-    _, state = load("tf1", saved("tf1"))
     own = dict(lr=np.float64(0.02), params=["a", "b"], param_names=["kernel", "bias"])
     own |= dict(lr_in_momentum=False, caution=False, max_lr=0.1, initial_lr=0.1)
-    after = interop.to_torch(state, from_params, preset=presets.timm, **TORCH | own)
+    after = interop.to_torch(STATE, from_params, preset=presets.timm, **TORCH | own)
     (group,) = after["param_groups"]
     assert group == TORCH | own | dict(decoupled_decay=False, params=[0, 1])
     assert group["lr"] is own["lr"]
@@ -186,7 +188,7 @@ def test_a_keras_schedule_has_no_variable():
     optimizer, state = load("keras", given, learning_rate=schedule)
     optimizer.update(params, state, params)
     assert seen == [COUNT]
-    assert_same(state, load("keras", saved("keras"))[1])
+    assert_same(state, STATE)
     after = interop.to_keras(state, from_params, learning_rate=None)
     assert_same([*after.values()], variables)
 
@@ -201,22 +203,19 @@ def test_equal_groups_are_joined_in_their_order_and_continue_a_schedule():
     given["state_dict"]["state"][0]["step"] = np.float32(COUNT - 2)
     lr = lambda count: seen.append(count) or 0.5
     optimizer, state = load("torch", given, lambda x: to_params(x[::-1]), lr=lr)
-    assert_same(state, load("torch", saved("torch"))[1])
+    assert_same(state, STATE)
     optimizer.update(params, state, params)
     assert seen == [COUNT]
 
 
 def test_a_parameter_without_state_gets_the_initial_one():
-    given, (_, whole) = saved("torch"), load("torch", saved("torch"))
-    del (
-        given["state_dict"]["state"][1],
-        given["state_dict"]["param_groups"][0]["maximize"],
-    )
+    given = saved("torch", TORCH)
+    del given["state_dict"]["state"][1]
     params = dict(enumerate(draw(4)))
     optimizer, state = load("torch", given, preset=presets.sb3, params=params)
     first = optimizer.init(to_params(draw(4)))
     assert state.count == COUNT
-    for found, old, new in zip(state[1:], whole[1:], first[1:], strict=True):
+    for found, old, new in zip(state[1:], STATE[1:], first[1:], strict=True):
         assert_same(found, dict(kernel=old["kernel"], bias=new["bias"]))
 
 

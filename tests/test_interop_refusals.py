@@ -8,12 +8,11 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_same, refusal, to_params
-from test_interop import KERAS, TORCH, load, save, saved
+from test_interop import KERAS, STATE, TORCH, load, save, saved
 
 from rmsprop_jax import interop, presets, rmsprop
 
 GONE = object()
-_, STATE = load("tf1", saved("tf1"))
 
 
 def put(given, path, value):

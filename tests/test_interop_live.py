@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import originals
 import pytest
-from helpers import assert_close, from_params, to_params, types
+from helpers import assert_close, from_params, scan, to_params, together, types
 
 from rmsprop_jax import interop, presets, rmsprop, scale_by_rms
 
@@ -143,9 +143,8 @@ def test_complex_parameters_move_as_two_real_ones():
     tx = optax.contrib.split_real_and_imaginary(presets.torch(0.1, **BOTH))
     state = tx.init(params)
     split = jax.tree.structure(state.inner_state.nu)
-    _, inner = interop.from_torch(
-        saved, lambda x: split.unflatten([x[0][..., 0], x[0][..., 1]])
-    )
+    arrange = lambda x: split.unflatten([x[0][..., 0], x[0][..., 1]])
+    _, inner = interop.from_torch(saved, arrange)
     updates, state = tx.update(grads, state._replace(inner_state=inner), params)
     np.testing.assert_allclose(params + updates, next(run)[0], rtol=1e-14)
 
@@ -177,39 +176,28 @@ def transformations(rmsprop, core, centered_core):
     scheduled = optax.chain(rmsprop(falling, momentum=0.9))
     inject = partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
     parts = dict(x=rmsprop(0.05, initial_scale=1.0), y=rmsprop(0.05))
-    return dict(
-        everything=rmsprop(0.05, **everything),
-        bias_correction=inject(rmsprop)(falling, bias_correction=True),
-        chain=optax.MultiSteps(optax.chain(scheduled, optax.scale(2.0)), 2),
-        partition=optax.partition(parts, dict(real="x", complex="y")),
-        core_before_another=optax.chain(core(), optax.scale(-0.1)),
-        centered_core=centered_core(),
+    return [
+        rmsprop(0.05, **everything),
+        inject(rmsprop)(falling, bias_correction=True),
+        optax.MultiSteps(optax.chain(scheduled, optax.scale(2.0)), 2),
+        optax.partition(parts, dict(real="x", complex="y")),
+        optax.chain(core(), optax.scale(-0.1)),
+        centered_core(),
         # It has three parts too, but is no state of optax.rmsprop.
-        core_in_chain=optax.chain(core(), optax.trace(0.9), optax.scale(-0.1)),
-    )
+        optax.chain(core(), optax.trace(0.9), optax.scale(-0.1)),
+    ]
 
 
 OPTAX = optax.rmsprop, optax.scale_by_rms, optax.scale_by_stddev
 OURS = rmsprop, scale_by_rms, partial(scale_by_rms, centered=True)
 
 
-@partial(jax.jit, static_argnums=0)
-def states(library, grads):
-    """Return the states of all transformations before and after some steps."""
-
-    def step(states, grads):
-        return {k: txs[k].update(grads, x)[1] for k, x in states.items()}, None
-
-    txs = transformations(*library)
-    params = jax.tree.map(lambda g: g[0], grads)
-    first = {name: tx.init(params) for name, tx in txs.items()}
-    return first, jax.lax.scan(step, first, grads)[0]
-
-
 def test_optax_and_this_library_exchange_states():
     real, imaginary = np.random.default_rng(0).normal(size=(2, OUT, 2, 3))
     grads = dict(real=jnp.float32(real), complex=jnp.asarray(real + 1j * imaginary))
-    (like, theirs), (_, ours) = states(OPTAX, grads), states(OURS, grads)
+    txs = [together(transformations(*library)) for library in (OPTAX, OURS)]
+    theirs, ours = (jax.tree.map(lambda x: x[-1], scan(x, grads)[1]) for x in txs)
+    like = txs[0].init(jax.tree.map(lambda g: g[0], grads))
     moved = interop.from_optax(theirs, count=OUT), interop.to_optax(ours, like)
     for found, expected in zip(moved, (ours, theirs), strict=True):
         assert types(found) == types(expected)

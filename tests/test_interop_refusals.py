@@ -43,6 +43,7 @@ OF_TORCH = [
     (FIRST[:1], GONE, "state_dict must have...missing: ['param_groups']"),
     (["state"], GONE, "state_dict must have...missing: ['state']"),
     (["state"], [], f"{AT} must be a dict, got list"),
+    (["param_groups"], [], "state_dict['param_groups'] must have params, got none"),
     ((*FIRST, "params"), [], "state_dict['param_groups'] must have params, got none"),
     (["state", 1], GONE, f"{AT} must have the entries [0, 1]; missing: [1]...params"),
     (["state", 5], {}, f"{AT} must have the entries [0, 1]...extra: [5]"),
@@ -150,6 +151,8 @@ def test_dtypes_must_not_change(x64):
     slots = dict(rms=[np.ones((2, 3), "float32"), np.ones(4, "float64")])
     with refusal("to_params must return every element once and unchanged, got"):
         interop.from_tf1(slots, lambda x: [y.astype("float64") for y in x])
+    with refusal("to_params(...)[0] must be float32 or float64, got float16"):
+        interop.from_tf1(slots, lambda x: [y.astype("float16") for y in x])
     slots = dict(rms=[np.ones(4, "float64")], momentum=[np.ones(4, "float32")])
     with refusal("slots['momentum'][0] must be float64[4] like slots['rms'][0], got"):
         interop.from_tf1(slots, list)

@@ -15,16 +15,14 @@ import time
 
 import jax
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 from helpers import refused
 
 from rmsprop_jax.demo import cli, data
 
 FLAGS = "--epochs 5 --momentum 0.5 --seed 3 --zero".split()
 # Two devices of eight, because compiled programs are cached for so many.
-TWO_DEVICES = """
+ON_TWO_DEVICES = """
 import jax
 devices = jax.devices()[:2]
 jax.devices = lambda: devices
@@ -32,10 +30,11 @@ from rmsprop_jax.demo import cli
 raise SystemExit(cli.main())
 """
 
-# Without what training needs, which takes seconds to import.
-WITHOUT_TRAINING = """
+# Instead of training, for which importing takes seconds, prints an option.
+PRINT_SEED = """
 import sys, types
-sys.modules["rmsprop_jax.demo.train"] = types.SimpleNamespace(train=None)
+train = lambda options, *_: print("seed", options.seed) or True
+sys.modules["rmsprop_jax.demo.train"] = types.SimpleNamespace(train=train)
 from rmsprop_jax.demo import cli
 raise SystemExit(cli.main())
 """
@@ -133,7 +132,7 @@ def test_runs_killed_or_stopped_at_any_moment_end_with_the_same_bits(
     run, undisturbed, start, tmp_path, capsys
 ):
     folder = tmp_path / "my run"
-    process = start("-c", TWO_DEVICES, *FLAGS, "--out", folder, devices=8)
+    process = start("-c", ON_TWO_DEVICES, *FLAGS, "--out", folder, devices=8)
     send_after(epoch(folder, 1), signal.SIGKILL, process.pid)
     process.communicate()
     # Metrics are written before the checkpoint, so a kill may come between them.
@@ -172,15 +171,15 @@ def free_address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_processes_with_different_options_refuse_to_train(start, tmp_path):
+def test_processes_take_the_options_of_process_0(start, tmp_path):
     flags = ["--coordinator", free_address(), "--processes", 2, "--out", tmp_path / "a"]
-    command = "-c", WITHOUT_TRAINING, *flags
-    pairs = [("--process-id", i, "--seed", i) for i in range(2)]
-    for process in [start(*command, *pair, devices=1) for pair in pairs]:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 1
-        assert "error: the processes have different options" in err
-    assert not (tmp_path / "a").exists()
+    command = "-c", PRINT_SEED, *flags
+    pairs = [("--process-id", i, "--seed", 5 + i) for i in range(2)]
+    for process in [start(*command, *pair, devices=2) for pair in pairs]:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, out + err
+        assert "\nseed 5\n" in out
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["seed"] == 5
 
 
 def test_two_processes_are_like_one(run, undisturbed, start, tmp_path):
@@ -199,33 +198,17 @@ def test_two_processes_are_like_one(run, undisturbed, start, tmp_path):
     # What two processes saved on four devices resumes in one process on two. They sum
     # in another order, by which results differ more and more.
     assert run("--resume", "--out", tmp_path / "a") == 0
-    ours, theirs = (
-        [float(x["loss"]) for x in rows(y)] for y in (tmp_path / "a", undisturbed[0])
-    )
-    assert ours == [
-        pytest.approx(x, rel=y)
-        for x, y in zip(theirs, (1e-3,) + (0.5,) * 4, strict=True)
-    ]
+    folders = tmp_path / "a", undisturbed[0]
+    ours, theirs = ([float(x["loss"]) for x in rows(folder)] for folder in folders)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-3)
+    np.testing.assert_allclose(ours, theirs, rtol=0.5)
 
 
-def test_every_optimizer_learns_at_its_rate(run):
-    graph, params = nnx.split(data.Reader(nnx.Rngs(0)))
-    (images, labels), _ = data.load()
-
-    @jax.jit
-    @jax.value_and_grad
-    def grad(params, images, labels):
-        logits = nnx.merge(graph, params)(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    for name, (optimizer, rate) in cli.OPTIMIZERS.items():
-        tx, p = optimizer(rate), params
-        state, update = tx.init(p), jax.jit(tx.update)
-        for step in range(40):
-            loss, grads = grad(p, *data.batch(images, labels, 32, 0, step))
-            updates, state = update(grads, state, p)
-            p = optax.apply_updates(p, updates)
-        assert loss < 1.8, name
+def test_every_optimizer_learns_at_its_rate(run, tmp_path):
+    assert run("--optimizer", "all", "--epochs", 1, "--out", tmp_path / "a") == 0
+    found = {x["optimizer"]: float(x["loss"]) for x in rows(tmp_path / "a")}
+    # A guess among ten digits has a loss of 2.3.
+    assert found.keys() == cli.OPTIMIZERS.keys() and max(found.values()) < 1.3
 
 
 def test_epochs_differ_in_order_and_noise_and_have_all_images():

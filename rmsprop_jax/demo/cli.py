@@ -10,14 +10,12 @@ import shlex
 import signal
 import sys
 import threading
-import zlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.multihost_utils import broadcast_one_to_all
 
 import rmsprop_jax
 
@@ -72,7 +70,7 @@ def parse(arguments):
     add("--resume", action="store_true", help="resume the run in that folder")
     add("--coordinator", help="HOST:PORT of process 0, or auto (on a TPU pod)")
     add("--processes", type=int, help="number of processes")
-    add("--process-id", type=int, help="index of this process, starting at 0")
+    add("--process-id", type=int, help="from 0, whose options the others take")
     version = importlib.metadata.version("rmsprop_jax")
     add("--version", action="version", version=version)
     options = parser.parse_args(arguments)
@@ -94,8 +92,10 @@ def parse(arguments):
     rate, epochs, seed = options.learning_rate, options.epochs, options.seed
     if rate is not None and not 0 < rate < float("inf"):
         parser.error(f"--learning-rate must be positive, got {rate}.")
-    if epochs < 1 or seed < 0:
-        parser.error(f"--epochs must be > 0 and --seed >= 0, got {epochs} and {seed}.")
+    if epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {epochs}.")
+    if not 0 <= seed < 2**63:
+        parser.error(f"--seed must be at least 0 and below 2**63, got {seed}.")
     settings = {name: getattr(options, name) for name in RMSPROP}
     defaults = {name: parser.get_default(name) for name in RMSPROP}
     if settings != defaults and options.optimizer not in ("rmsprop", "all"):
@@ -108,7 +108,7 @@ def parse(arguments):
 
 
 def connect(options):
-    """Connect to other processes, if any; check batch size and equality of options."""
+    """Connect to other processes, if any; take the options of process 0."""
     address, n, i = options.coordinator, options.processes, options.process_id
     try:
         if (address, n, i) != (None, None, None):
@@ -123,6 +123,8 @@ def connect(options):
                 address, n, i, initialization_timeout=60, heartbeat_timeout_seconds=20
             )
         devices = len(jax.devices())
+        text = np.frombuffer(config(options).encode().ljust(1000), np.uint8)
+        vars(options).update(json.loads(bytes(broadcast_one_to_all(text))))
     except Exception as error:
         raise SystemExit(
             f"error: JAX does not start ({error!r}). Check JAX_PLATFORMS, and "
@@ -132,17 +134,6 @@ def connect(options):
     if options.batch_size not in sizes:
         raise SystemExit(
             f"error: on {devices} devices, --batch-size must be in {sizes}."
-        )
-    mesh = Mesh(jax.devices(), "device")
-    shards = NamedSharding(mesh, PartitionSpec("device"))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    code = zlib.crc32(config(options).encode()) >> 1
-    codes = np.full(jax.local_device_count(), code, np.int32)
-    codes = jax.make_array_from_process_local_data(shards, codes)
-    # Waits for all devices: an exit while other processes still read would block them.
-    if jax.block_until_ready(jax.jit(jnp.ptp, out_shardings=replicated)(codes)):
-        raise SystemExit(
-            "error: the processes have different options; give all the same."
         )
 
 

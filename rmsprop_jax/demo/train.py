@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rmsprop_jax import diagnostics, sharding
 from rmsprop_jax.demo import data, report
+from rmsprop_jax.demo.cli import RMSPROP
 
 # Orbax logs, with tracebacks, the errors that it raises.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -52,9 +53,8 @@ def compile_steps(options, name, tx, mesh):
         _, accuracy = loss_fn(state["params"], *held_out)
         row = dict(learning_rate=rate, loss=loss, accuracy=accuracy)
         if name == "rmsprop":
-            trees = updates, state["opt"], state["params"]
-            settings = dict(eps=options.eps, per_layer=True)
-            row |= diagnostics.metrics(*trees, rate, **settings)
+            inputs = updates, state["opt"], state["params"], rate
+            row |= diagnostics.metrics(*inputs, eps=options.eps, per_layer=True)
         return row
 
     return jax.jit(init, out_shardings=shardings)(), step, measure
@@ -70,7 +70,7 @@ def train(options, name, optimizer, peak, stop):
     per_epoch = len(labels) // options.batch_size
     steps = options.epochs * per_epoch
     schedule = optax.cosine_decay_schedule(options.learning_rate or peak, steps)
-    settings = ("decay", "eps", "momentum", "centered") if name == "rmsprop" else ()
+    settings = RMSPROP if name == "rmsprop" else ()
     tx = optimizer(schedule, **{x: getattr(options, x) for x in settings})
     mesh = Mesh(jax.devices(), ("data",))
     shards = NamedSharding(mesh, PartitionSpec("data"))
@@ -110,8 +110,8 @@ def train(options, name, optimizer, peak, stop):
         rows.append(dict(optimizer=name, epoch=epoch, step=done) | row)
         if first:
             report.write_metrics(options.out, rows)
-            line = "{} {}: loss {loss:.3g}, accuracy {accuracy:.1%}"
-            tqdm.write(line.format(name, epoch, **row), file=sys.stderr)
+            result = "loss {loss:.3g}, accuracy {accuracy:.1%}".format(**row)
+            tqdm.write(f"{name} {epoch}: {result}", file=sys.stderr)
         checkpoints.save(epoch, args=ocp.args.StandardSave(state))
         # All processes stop after the same epoch.
         if np.any(process_allgather(np.array(stop.is_set()))):

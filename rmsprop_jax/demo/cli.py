@@ -149,19 +149,19 @@ def run(options, train):
         stop.set()
         print(f"\nStopping after this epoch; Ctrl-C again: now. {resume}", flush=True)
 
-    def work():
-        if first:
-            save(options)
-        return all(train(options, name, *OPTIMIZERS[name], stop) for name in names)
-
     signal.signal(signal.SIGINT, interrupt)
     if first:
         devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
         print(f"Training on {devices}, writing into {options.out}/", flush=True)
     try:
+        if first:
+            save(options)
         # In another thread, so that this one answers Ctrl-C even while JAX compiles.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            finished = pool.submit(work).result()
+            finished = all(
+                pool.submit(train, options, name, *OPTIMIZERS[name], stop).result()
+                for name in names
+            )
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
         reason = " ".join(f"{options.out}: {error}. {resume}".split())
         if jax.process_count() == 1:

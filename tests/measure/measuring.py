@@ -12,9 +12,10 @@ BFLOAT16_MOMENTUM = MOMENTUM | dict(momentum_dtype=jnp.bfloat16)
 
 
 def step_of(tx):
-    """Return the function of one step: new parameters and state."""
+    """Return the function of one step, from parameters and state to new ones."""
 
-    def step(params, state, grads):
+    def step(held, grads):
+        params, state = held
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 

@@ -77,10 +77,10 @@ def run(build, cases, dtype, rates=RATES):
             txs = list(map(optax.contrib.split_real_and_imaginary, txs))
 
         def step(runs, grads):
-            pairs = zip(txs, runs, strict=True)
-            runs = [measuring.step_of(tx)(*run, grads) for tx, run in pairs]
+            runs = [step(run, grads) for step, run in zip(steps, runs, strict=True)]
             return runs, [params for params, _ in runs]
 
+        steps = list(map(measuring.step_of, txs))
         start = [(params, tx.init(params)) for tx in txs]
         return list(map(flat, jax.jit(partial(jax.lax.scan, step))(start, grads)[1]))
 

@@ -73,11 +73,11 @@ def row(name, params, mesh, spread):
         where, _ = sharding.zero(state, mesh, "data")
         state = jax.tree.map(shaped, state, where)
 
-    out_shardings = jax.tree.map(lambda p: p.sharding, params), where
-    step = measuring.step_of(tx)
-    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)
-    args = params, state, params
-    program, seconds = measuring.timed(lambda: step.lower(*args).compile())
+    where = jax.tree.map(lambda p: p.sharding, params), where
+    step = jax.jit(measuring.step_of(tx), donate_argnums=0, out_shardings=where)
+    program, seconds = measuring.timed(
+        lambda: step.lower((params, state), params).compile()
+    )
     found = COLLECTIVE.findall(program.as_text())
     counts = [f"{found.count(kind)} {kind}" for kind in sorted(set(found))]
     return on_a_device(state), ", ".join(counts) or "none", seconds

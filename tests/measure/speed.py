@@ -12,13 +12,14 @@ ours with float32 state; `optax` is `optax.rmsprop` with float32 state; `torch` 
 
 import argparse
 import datetime
-import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
 import re
 import statistics
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -87,17 +88,22 @@ def ratio(seconds, other):
     return f"{seconds['ours'] / seconds[other]:.2f}" if other in seconds else "-"
 
 
-class Stepper:
-    """Take compiled steps, with parameters and state donated."""
+class Repeated:
+    """Call a compiled function of what it returned before, which is donated."""
 
-    def __init__(self, tx, params, grads):
-        self.held, self.grads = (jax.tree.map(jnp.copy, params), tx.init(params)), grads
-        step = jax.jit(measuring.step_of(tx), donate_argnums=(0, 1))
-        self.program = step.lower(*self.held, grads).compile()
+    def __init__(self, function, start, *args):
+        self.held, self.args = start, args
+        function = jax.jit(function, donate_argnums=0)
+        self.program = function.lower(start, *args).compile()
 
     def __call__(self):
-        self.held = self.program(*self.held, self.grads)
+        self.held = self.program(self.held, *self.args)
         return self.held
+
+
+def repeated_step(tx, params, grads):
+    held = jax.tree.map(jnp.copy, params), tx.init(params)
+    return Repeated(measuring.step_of(tx), held, grads)
 
 
 def check(new_params, params, grads, centered):
@@ -109,7 +115,7 @@ def check(new_params, params, grads, centered):
         np.testing.assert_allclose(new, expected, rtol=2e-6, atol=1e-6)
 
 
-def torch_steppers(options, params, grads):
+def torch_steps(options, params, grads):
     """Return PyTorch's step on the same numbers, and on a GPU its compiled form."""
     # Threads that spin while they wait would take their cores from the next run.
     os.environ |= dict(OMP_WAIT_POLICY="passive", KMP_BLOCKTIME="0")
@@ -134,24 +140,23 @@ def compiled_step(name, tree, shapes, rounds, bandwidth):
     """Print the row of the compiled step with some options."""
     options = (OPTIONS | SMALL)[name]
     wide = {k: x for k, x in options.items() if not k.endswith("_dtype")}
-    txs = {
-        "ours": rmsprop_jax.rmsprop(1e-3, **options),
-        "optax": optax.rmsprop(1e-3, **wide),
-    }
+    txs = dict(
+        ours=rmsprop_jax.rmsprop(1e-3, **options), optax=optax.rmsprop(1e-3, **wide)
+    )
     if wide != options:
         txs["float32"] = rmsprop_jax.rmsprop(1e-3, **wide)
     params, grads = problem(shapes)
-    runs = {library: Stepper(tx, params, grads) for library, tx in txs.items()}
+    runs = {library: repeated_step(tx, params, grads) for library, tx in txs.items()}
     for run in runs.values():
         check(run()[0], params, grads, "centered" in options)
     seconds, ours = interleaved(runs, rounds), runs["ours"]
-    others = torch_steppers(wide, params, grads)
-    against = interleaved({"ours": ours} | others, rounds)
+    torch_runs = {"ours": ours} | torch_steps(wide, params, grads)
+    torch_seconds = interleaved(torch_runs, rounds)
     memory, count = ours.program.memory_analysis(), sum(map(math.prod, shapes))
     moved = 12 + 2 * sum(x.nbytes for x in jax.tree.leaves(ours.held[1])) / count
     share = moved * count / bandwidth / seconds["ours"]
-    ratios = [ratio(seconds, "float32"), ratio(seconds, "optax")]
-    ratios += [ratio(against, "torch"), ratio(against, "compiled")]
+    ratios = [ratio(seconds, x) for x in ("float32", "optax")]
+    ratios += [ratio(torch_seconds, x) for x in ("torch", "compiled")]
     temporary = str(memory.temp_size_in_bytes) if memory else "-"
     measuring.row(name, tree, *ratios, f"{moved:.1f}", f"{share:.2f}", temporary)
 
@@ -213,7 +218,7 @@ def first_use(count, rates, blocks, side, rounds):
         compare(f"first use, {what}", size, "first update", *runs, rounds)
 
     params, grads = problem([(side, side)])
-    step = Stepper(tx, params, grads)
+    step = repeated_step(tx, params, grads)
     later = lambda: metrics(grads, *reversed(step.held))
     compare("metrics", f"{side}^2", "step", later, step, rounds, None)
 
@@ -224,23 +229,15 @@ def about():
     if hardware == "cpu" and cpuinfo.exists():
         models = set(re.findall("model name.*: (.*)", cpuinfo.read_text()))
         hardware = f"{os.cpu_count()} CPU cores {' and '.join(models)}"
-    versions = {x.name: x.version for x in importlib.metadata.distributions()}
-    versions["Python"] = platform.python_version()
-    packages = ("Python", "jax", "optax", "torch")
-    listed = [f"{x} {versions.get(x, '(not installed)')}" for x in packages]
-    return f"{datetime.date.today()}, {hardware}, {', '.join(listed)}"
+    about = f"{datetime.date.today()}, {hardware}, Python {platform.python_version()}"
+    packages = [x for x in ("jax", "optax", "torch") if importlib.util.find_spec(x)]
+    return ", ".join([about, *(f"{x} {version(x)}" for x in packages)])
 
 
 def copy_bandwidth(size, rounds):
     """Return the bytes per second of x = x + 1, in place, on float32 numbers."""
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    held = [jnp.ones(size, jnp.float32)]
-
-    def run():
-        held[0] = add(held[0])
-        return held
-
-    return 8 * size / interleaved({"copy": run}, rounds)["copy"]
+    add = Repeated(lambda x: x + 1, jnp.ones(size, jnp.float32))
+    return 8 * size / interleaved({"copy": add}, rounds)["copy"]
 
 
 def main():

@@ -29,9 +29,7 @@ def axes():
 
 
 def drawn(axes):
-    return {
-        x.get_label(): [list(x.get_xdata()), list(x.get_ydata())] for x in axes.lines
-    }
+    return {x.get_label(): x.get_xydata().T.tolist() for x in axes.lines}
 
 
 def test_training_curves_are_one_line_per_run(axes):

@@ -113,9 +113,10 @@ def connect(options):
     try:
         if (address, n, i) != (None, None, None):
             print(
-                f"Waiting up to 60 s for {n or 'all'} processes at {address}. If one "
-                "is missing, or ends later, JAX aborts the others; then start all "
-                "again, with --resume if the output folder exists.",
+                f"Waiting up to 60 s for {n or 'all'} processes at {address}; all take "
+                "the options of process 0. If one is missing, or ends later, JAX "
+                "aborts the others; then start all again, with --resume if the output "
+                "folder exists.",
                 flush=True,
             )
             address = None if address == "auto" else address

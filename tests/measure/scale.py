@@ -75,9 +75,8 @@ def row(name, params, mesh, spread):
 
     where = jax.tree.map(lambda p: p.sharding, params), where
     step = jax.jit(measuring.step_of(tx), donate_argnums=0, out_shardings=where)
-    program, seconds = measuring.timed(
-        lambda: step.lower((params, state), params).compile()
-    )
+    args = (params, state), params
+    program, seconds = measuring.timed(lambda: step.lower(*args).compile())
     found = COLLECTIVE.findall(program.as_text())
     counts = [f"{found.count(kind)} {kind}" for kind in sorted(set(found))]
     return on_a_device(state), ", ".join(counts) or "none", seconds

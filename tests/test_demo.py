@@ -13,12 +13,15 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from helpers import refused
+from jax.sharding import Mesh
 
-from rmsprop_jax.demo import cli, data
+import rmsprop_jax
+from rmsprop_jax.demo import cli, data, report, train
 
-FLAGS = "--epochs 5 --momentum 0.5 --seed 3 --zero".split()
+FLAGS = "--learning-rate 0.012 --epochs 5 --momentum 0.5 --seed 3 --zero".split()
 # Two devices of eight, because compiled programs are cached for so many.
 ON_TWO_DEVICES = """
 import jax
@@ -103,15 +106,49 @@ def test_five_epochs_reach_95_percent_and_are_recorded(undisturbed):
     first, *_, last = rows(undisturbed)
     assert last["epoch"] == "5" and float(last["accuracy"]) > 0.95
     assert float(last["loss"]) < 0.1 < float(first["loss"])
-    assert 0.009 < float(first["learning_rate"]) < 0.01
+    assert 0.0108 < float(first["learning_rate"]) < 0.012
     # Noise keeps the gradients large, so that RMSProp does not become SGD.
     assert float(last["eps_share"]) < 0.01 and float(last["nonfinite_state"]) == 0
     # The last learning rate is almost 0, so this is relative to it.
     step = float(last["update_rms"]) / float(last["learning_rate"])
     assert 0.01 < step < 2 / np.sqrt(1 - 0.9)
     assert float(last["effective_learning_rate_mean/rnn/cell/dense_h/kernel"]) > 0
+    with ocp.StandardCheckpointer() as disk:
+        assert disk.restore(epoch(undisturbed, 5) / "default")["opt"]["trace"]
     for name in ("curves", "diagnostics"):
         assert (undisturbed / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_show_these_columns(undisturbed, monkeypatch):
+    figures, recorded = [], rows(undisturbed)
+    monkeypatch.setattr(report.Figure, "savefig", lambda x, *_, **__: figures.append(x))
+    report.draw_curves(undisturbed, recorded)
+    report.draw_diagnostics(undisturbed, recorded, ([0.0, 1.0, 2.0], [1, 1]), 1e-8)
+    curves, (*layers, _) = (figure.axes for figure in figures)
+    for axes, name in zip(curves, ("loss", "accuracy"), strict=True):
+        (line,) = axes.lines
+        assert [*line.get_ydata()] == [float(row[name]) for row in recorded]
+    names = "effective_learning_rate_mean", "update_ratio"
+    for axes, name in zip(layers, names, strict=True):
+        for line in axes.lines:
+            column = f"{name}/{line.get_label()}"
+            assert [*line.get_ydata()] == [float(row[column]) for row in recorded]
+
+
+def test_options_reach_the_first_state(run):
+    mesh = Mesh(jax.devices(), ("data",))
+
+    def first(*flags):
+        options = cli.parse([*flags, "--out", "new"])
+        tx = rmsprop_jax.rmsprop(0.1)
+        return train.compile_steps(options, "rmsprop", tx, mesh)[0]
+
+    whole, divided, other = first(), first("--zero"), first("--seed", "1")
+    replicated = lambda state: jax.tree.leaves(state["opt"].nu)[-1].is_fully_replicated
+    assert (replicated(whole), replicated(divided)) == (True, False)
+    kernel = lambda state: state["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(kernel(whole), kernel(divided))
+    assert (kernel(whole) != kernel(other)).all()
 
 
 # Orbax is still reading a damaged checkpoint when it fails.

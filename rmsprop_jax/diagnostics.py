@@ -2,8 +2,8 @@
 
 The functions are pure, and the state stores nothing for them. `metrics` reads a leaf at
 most twice, in any storage format; devices exchange only sums and extrema. Outside `jit`
-it compiles one program for each shape; inside, the caller's program grows with each
-leaf. `nu`, not bias-corrected, and `eps` are those of `rmsprop_jax.rule`.
+leaves of one shape are compiled once, inside it one by one. `nu`, not bias-corrected,
+and `eps` are those of `rmsprop_jax.rule`.
 """
 
 import functools
@@ -56,7 +56,7 @@ def metrics(
         update_rms, param_rms: root mean square of the updates and of the parameters.
         update_ratio: update_rms / param_rms.
         effective_learning_rate_min, _mean, _max: over all coordinates; the mean is
-          geometric, and the others have no derivatives. See `effective_learning_rate`.
+          geometric, the others constants in derivatives by `nu`.
         eps_share: fraction of coordinates in which eps exceeds the term that it is
           added to.
         nonfinite_updates, nonfinite_params, nonfinite_state: number of NaN and infinite
@@ -103,13 +103,13 @@ def metrics(
         columns.append([x for x in jax.tree.leaves(tree) if x.size])
     rows = itertools.zip_longest(*columns, nu.values())
     leaves = [_summarize(*row, eps=eps, eps_in_sqrt=eps_in_sqrt) for row in rows]
-    (step,) = jax.tree.leaves(state.count)
-    found = {"step": step} | _describe(functools.reduce(_merge, leaves), rate)
+    found = _describe(functools.reduce(_merge, leaves), rate)
+    # Copied, because the caller may donate the state.
+    found["step"] = jnp.copy(*jax.tree.leaves(state.count))
     if rate is not None:
-        found["learning_rate"] = rate
-    if per_layer:
-        for path, leaf in zip(nu, leaves, strict=True):
-            found |= {f"{k}/{path}": x for k, x in _describe(leaf, rate).items()}
+        found["learning_rate"] = jnp.copy(rate)
+    for path, leaf in zip(nu, leaves, strict=True) if per_layer else ():
+        found |= {f"{k}/{path}": x for k, x in _describe(leaf, rate).items()}
     return found
 
 
@@ -180,20 +180,18 @@ def histogram(state: Any) -> tuple[np.ndarray, jax.Array]:
     return np.concatenate([[0.0], 2.0 ** np.arange(-63, 65)]), _histogram(stored)
 
 
-# Jitted for each leaf, so that leaves of the same shape are compiled only once.
 @functools.partial(jax.jit, static_argnames="eps_in_sqrt")
 def _summarize(updates, params, mu, trace, nu, eps, eps_in_sqrt):
     """Return statistics of a leaf's arrays, each float32 []; arrays may be None."""
     signed = dict(updates=updates, params=params, mu=mu, trace=trace)
     signed = {name: x for name, x in signed.items() if x is not None}
     square = lambda x: jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))
-    count = lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
     squares = jax.tree.map(square, signed)
     # The terms of a finite sum are finite: there is nothing to count.
     nonfinite = jax.lax.cond(
         jnp.isfinite(sum(squares.values())),
         lambda _: jax.tree.map(lambda x: 0 * x, squares),
-        lambda signed: jax.tree.map(count, signed),
+        lambda signed: jax.tree.map(reductions.count_nonfinite, signed),
         signed,
     )
     found = {f"{name}_squares": x for name, x in squares.items()}
@@ -206,8 +204,8 @@ def _summarize(updates, params, mu, trace, nu, eps, eps_in_sqrt):
             lowest=nu,
             highest=nu,
             logs=jnp.log(_denominator(nu, eps, eps_in_sqrt)),
-            # Doubled, because XLA on CPU fills an array with an eps that is used twice.
-            below_eps=2 * (nu if eps_in_sqrt else jnp.sqrt(nu))
+            # Scaled, because XLA on CPU stores an array that is used twice, as of eps.
+            below_eps=(2 * nu if eps_in_sqrt else jnp.sqrt(4 * nu))
             < (2 * eps).astype(nu.dtype),
         )
         for name in ("lowest", "highest"):
@@ -241,8 +239,8 @@ def _describe(x, lr):
         found["effective_learning_rate_max"] = lr / x["nu_lowest"]
     found["nonfinite_updates"] = x["updates_nonfinite"]
     found["nonfinite_params"] = x["params_nonfinite"]
-    moments = x["nu_nonfinite"] + x.get("mu_nonfinite", 0)
-    found["nonfinite_state"] = moments + x.get("trace_nonfinite", 0)
+    signed = x.get("mu_nonfinite", 0) + x.get("trace_nonfinite", 0)
+    found["nonfinite_state"] = x["nu_nonfinite"] + signed
     return found
 
 
@@ -276,14 +274,16 @@ def _find(tree):
 
 def _rate(learning_rate, state):
     """Return the learning rate of the last step; float32 []."""
-    if callable(learning_rate):
-        (count,) = jax.tree.leaves(state.count)
-        learning_rate = learning_rate(jnp.maximum(count - 1, 0))
-    return _float32("learning_rate", learning_rate)
+    if not callable(learning_rate):
+        return _float32("learning_rate", learning_rate)
+    (count,) = jax.tree.leaves(state.count)
+    rate = learning_rate(jnp.maximum(count - 1, 0))
+    # Reading it would wait for the step.
+    return _float32("learning_rate(count)", rate, read_arrays=False)
 
 
-def _float32(name, value, *domain):
-    return jnp.asarray(checks.scalar(name, value, *domain), jnp.float32)
+def _float32(name, value, *domain, **options):
+    return jnp.asarray(checks.scalar(name, value, *domain, **options), jnp.float32)
 
 
 def _by_path(tree):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+# How statistics merge, and the value for no elements; those not listed are added.
 MERGES = dict(lowest=jax.lax.min, highest=jax.lax.max)
 IDENTITIES = dict(lowest=np.inf, highest=-np.inf)
 
@@ -15,8 +16,8 @@ def reduce(**columns):
     """Reduce arrays of one shape to scalars: masks to counts, others as in `MERGES`.
 
     Those not listed are added by `jnp.sum`, which compiles to a tree of additions: a
-    plain loop would be imprecise. Counts and `MERGES` share one loop, and are constants
-    to derivatives.
+    plain loop would be imprecise. The others, of which there must be one, share a loop,
+    and are constants to derivatives.
     """
     found, joint = {}, {}
     for name, column in columns.items():
@@ -31,8 +32,16 @@ def reduce(**columns):
         return {k: MERGES.get(k, jax.lax.add)(x, other[k]) for k, x in one.items()}
 
     identities = {k: x.dtype.type(IDENTITIES.get(k, 0)) for k, x in joint.items()}
-    axes = range(max(x.ndim for x in joint.values()))
+    axes = range(next(iter(columns.values())).ndim)
     return found | jax.lax.reduce(joint, identities, join, axes)
+
+
+def count_nonfinite(x):
+    """Count the elements that are NaN or infinite; float32 []."""
+    finite = jnp.isfinite(x)
+    counts = reduce(bad=~finite, good=finite)
+    # Uses both, because XLA on CPU would store a mask that is counted alone.
+    return counts["bad"].astype(jnp.float32) + 0 * counts["good"].astype(jnp.float32)
 
 
 def histogram(x):

@@ -36,10 +36,6 @@ def steps(tx, params):
     return draw(2), *tx.update(draw(2), state, params)
 
 
-def counts(_, state, *__):
-    return diagnostics.histogram(state)[1]
-
-
 def flat(tree):
     leaves = [np.ravel(x) for x in jax.tree.leaves(tree)]
     return np.concatenate(leaves).astype("float64")
@@ -91,7 +87,7 @@ def test_the_update_is_gradient_times_effective_learning_rate(eps_in_sqrt):
         np.testing.assert_allclose(-factor * grads[name], updates[name], rtol=2e-6)
 
 
-def test_the_learning_rate_is_that_of_the_last_step():
+def test_step_and_learning_rate_are_of_the_last_step_and_outlive_the_state():
     x = jnp.zeros(3)
     state = rmsprop(0.1).init(x)
     for count, rate in ((0, 0.1), (1, 0.1), (2, 0.05)):
@@ -100,6 +96,10 @@ def test_the_learning_rate_is_that_of_the_last_step():
     found = diagnostics.metrics(x, state, x)
     assert not any("learning_rate" in name for name in found)
     assert found["update_ratio"] == 0  # Zeros that did not move.
+    rate = jnp.float32(0.5)
+    found = diagnostics.metrics(x, state, x, rate)
+    jax.tree.map(lambda x: x.delete(), (state, rate))  # As donating them does.
+    assert (found["step"], found["learning_rate"]) == (0, 0.5)
 
 
 def test_the_state_is_found_in_any_container(lenient):
@@ -165,7 +165,8 @@ def test_on_a_mesh_only_sums_and_extrema_travel(options, kind):
     like = placed, tx.init(placed), placed
     spread = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), args, like)
     close = partial(np.testing.assert_allclose, rtol=RTOL)
-    for f in (partial(diagnostics.metrics, learning_rate=0.1), counts):
+    histogram = lambda *args: diagnostics.histogram(args)[1]
+    for f in (partial(diagnostics.metrics, learning_rate=0.1), histogram):
         compiled = jax.jit(f).lower(*spread).compile()
         jax.tree.map(close, compiled(*spread), f(*args))
         collective = r"= (.*) (?:all|collective|reduce)-(?!window)\S+?\("
@@ -189,7 +190,7 @@ def test_parts_of_a_shard_map_are_measured_apart():
 
 
 def test_nonfinite_elements_are_counted():
-    values = jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan, jnp.inf, 1, 1, 1])
+    values = jnp.array([jnp.inf, jnp.nan, -jnp.inf, jnp.nan, jnp.inf, 1, 1, 1])
     bad = [jnp.where(jnp.arange(8) < count, values, 1) for count in range(6)]
     empty = jnp.zeros((0, 3))
     left = [dict(a=empty, b=x, c=bad[0]) for x in bad]

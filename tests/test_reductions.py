@@ -28,8 +28,9 @@ def test_each_number_of_a_large_leaf_is_read_at_most_twice():
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     state = jax.eval_shape(rmsprop(0.1).init, x)
     histogram = lambda *args: diagnostics.histogram(args)[1]
-    outside = partial(diagnostics.metrics, eps_in_sqrt=False)
-    for f, leaves in ((diagnostics.metrics, 3), (outside, 3), (histogram, 1)):
+    inside = partial(diagnostics.metrics, learning_rate=0.1)
+    outside = partial(inside, eps_in_sqrt=False)
+    for f, leaves in ((inside, 3), (outside, 3), (histogram, 1)):
         compiled = jax.jit(f).lower(x, state, x).compile()
         program = compiled.as_text()
         main = program[program.index("\nENTRY") :]
@@ -48,5 +49,6 @@ def test_masks_of_any_size_are_counted_exactly():
     text = str(jax.make_jaxpr(lambda x: reductions.reduce(mask=x > 0))(large))
     assert "u32" not in text  # It would overflow.
     ones = jnp.ones((2**12 + 1, 2**12 + 1))
-    found = reductions.reduce(mask=ones > 0, squares=ones)
-    assert found["mask"] == ones.size and found["squares"] == np.float32(ones.size)
+    found = reductions.reduce(mask=ones > 0, sum=ones, lowest=ones, highest=-ones)
+    assert found["mask"] == ones.size and found["sum"] == np.float32(ones.size)
+    assert found["lowest"] == 1 and found["highest"] == -1

@@ -204,7 +204,7 @@ def _summarize(updates, params, mu, trace, nu, eps, eps_in_sqrt):
             lowest=nu,
             highest=nu,
             logs=jnp.log(_denominator(nu, eps, eps_in_sqrt)),
-            # Scaled, because XLA on CPU stores an array that is used twice, as of eps.
+            # Scaled: XLA on CPU would store a root, or an array of eps, used twice.
             below_eps=(2 * nu if eps_in_sqrt else jnp.sqrt(4 * nu))
             < (2 * eps).astype(nu.dtype),
         )

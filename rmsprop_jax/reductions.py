@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from rmsprop_jax import rule
+
 # How statistics merge, and the value for no elements; those not listed are added.
 MERGES = dict(lowest=jax.lax.min, highest=jax.lax.max)
 IDENTITIES = dict(lowest=np.inf, highest=-np.inf)
@@ -16,24 +18,26 @@ def reduce(**columns):
     """Reduce arrays of one shape to scalars: masks to counts, others as in `MERGES`.
 
     Those not listed are added by `jnp.sum`, which compiles to a tree of additions: a
-    plain loop would be imprecise. The others, of which there must be one, share a loop,
-    and are constants to derivatives.
+    plain loop would be imprecise. So are masks too large for a uint32 count. The others
+    share a loop, and are constants to derivatives.
     """
     found, joint = {}, {}
+    axes = range(next(iter(columns.values())).ndim)
     for name, column in columns.items():
-        if column.dtype == bool:
-            column = column.astype(jnp.uint32 if column.size < 2**32 else jnp.float32)
+        if column.dtype == bool and column.size < 2**32:
+            column = column.astype(jnp.uint32)
         elif name not in MERGES:
-            found[name] = jnp.sum(column)
+            found[name] = jnp.sum(column, dtype=rule.at_least_float32(column.dtype))
             continue
         joint[name] = jax.lax.stop_gradient(column)
 
     def join(one, other):
         return {k: MERGES.get(k, jax.lax.add)(x, other[k]) for k, x in one.items()}
 
-    identities = {k: x.dtype.type(IDENTITIES.get(k, 0)) for k, x in joint.items()}
-    axes = range(next(iter(columns.values())).ndim)
-    return found | jax.lax.reduce(joint, identities, join, axes)
+    if joint:
+        identities = {k: x.dtype.type(IDENTITIES.get(k, 0)) for k, x in joint.items()}
+        found |= jax.lax.reduce(joint, identities, join, axes)
+    return found
 
 
 def count_nonfinite(x):

@@ -113,7 +113,10 @@ def full_like(p, shape, value, dtype):
     constant = np.asarray(value).astype(dtype)
     with jax.transfer_guard("allow"):
         if sharding is None or not getattr(p, "committed", True):
-            return jnp.array(np.broadcast_to(constant, shape))
+            full = np.broadcast_to(constant, shape)
+            if jax.sharding.get_abstract_mesh().empty:
+                return jax.device_put(full, may_alias=False)
+            return jnp.array(full)  # On the mesh of jax.set_mesh.
         shard = np.broadcast_to(constant, sharding.shard_shape(shape))
         return jax.make_array_from_callback(shape, sharding, lambda _: shard)
 

@@ -1,6 +1,6 @@
 """Contract tests, run over one table of configurations."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,13 @@ from helpers import (
     TABLE,
     assert_close,
     assert_same,
-    halving,
     mesh_of,
     normal,
     on_mesh,
     through_pickle,
     types,
 )
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
 from rmsprop_jax import RMSPropState, rmsprop
 
@@ -32,17 +31,44 @@ def init_all(params, names=TXS):
     return {name: TXS[name].init(params) for name in names}
 
 
+jit_init_all = jax.jit(init_all, static_argnums=1)
+
+
 def update_all(grads, states, params):
     """Return the updates and the state of each configuration in `states`."""
     return {name: TXS[name].update(grads, x, params) for name, x in states.items()}
 
 
+def in_scan_and_cond(grads, states, params):
+    """Update in the first of two rounds only."""
+
+    def each(new, taken):
+        take = lambda: update_all(grads, states_of(new), params)
+        return jax.lax.cond(taken, take, lambda: new), None
+
+    start = {name: (params, state) for name, state in states.items()}
+    return jax.lax.scan(each, start, np.array([True, False]))[0]
+
+
+def states_of(new):
+    return {name: state for name, (_, state) in new.items()}
+
+
 # One program for all configurations, as compiling one for each would take much longer.
-JIT_UPDATE_ALL = jax.jit(update_all)
-both_ways = pytest.mark.parametrize(
-    "update", [update_all, JIT_UPDATE_ALL], ids=["direct", "jit"]
+WAYS = dict(
+    direct=update_all,
+    donated=jax.jit(update_all, donate_argnums=1),
+    without_jit=jax.disable_jit()(update_all),
+    scan_and_cond=jax.jit(in_scan_and_cond),
+    host=lambda *args: update_all(*jax.device_get(args)),
+    pickle=lambda *args: update_all(*through_pickle(args, None, None)),
 )
 MESHES = [AxisType.Auto, AxisType.Explicit]
+PLACES = [(way, None) for way in WAYS]
+PLACES += [(way, kind) for way in ("direct", "donated") for kind in MESHES]
+both_ways = pytest.mark.parametrize(
+    "update", [update_all, jax.jit(update_all)], ids=["direct", "jit"]
+)
 
 
 def make(seed, kind=None):
@@ -50,23 +76,14 @@ def make(seed, kind=None):
     return on_mesh(seed, kind) if kind else normal(seed)
 
 
-def states_of(new):
-    return {name: state for name, (_, state) in new.items()}
-
-
-def steps(update, states, seeds=(1, 2, 3), kind=None):
-    """Return the last updates and the state of each configuration."""
-    new = {}
-    for seed in seeds:
-        new = update(make(seed, kind), states, make(0, kind))
-        states = states_of(new)
-    return new
-
-
 @cache
 def expected(*seeds):
     """Return what direct updates with these gradients give on one device."""
-    return steps(update_all, init_all(normal(0)), seeds)
+    states, new = init_all(normal(0)), {}
+    for seed in seeds:
+        new = update_all(normal(seed), states, normal(0))
+        states = states_of(new)
+    return new
 
 
 def assert_all_close(found, expected):
@@ -74,56 +91,52 @@ def assert_all_close(found, expected):
         assert_close(found[name], expected[name], err_msg=name)
 
 
-def test_jit_changes_nothing():
-    states = init_all(normal(0))
-    assert_all_close(steps(JIT_UPDATE_ALL, states), expected(1, 2, 3))
-    with jax.disable_jit():
-        assert_all_close(steps(update_all, states), expected(1, 2, 3))
+def assert_like(params, states):
+    """Check that state has its frozen structure, and types and shardings of params."""
+    like = types(params)
+    for name, state in states.items():
+        options = TABLE[name].keywords
+        present = [True, "centered" in options, "momentum" in options]
+        assert type(state) is RMSPropState, name
+        assert [x is not None for x in (state.nu, state.mu, state.trace)] == present
+        assert types(state.count) == ((), "int32", False, like["scalar"][-1]), name
+        for tree in filter(None, state[1:]):
+            assert types(tree) == like, name
 
 
-@both_ways
-def test_update_changes_no_types(update):
-    params, states = normal(0), init_all(normal(0))
-    for name, (updates, state) in update(normal(1), states, params).items():
-        assert types(state) == types(states[name]), name
-        assert types(updates) == types(params), name
-        assert state.count.weak_type is False, name
-
-
-def test_update_runs_in_scan_and_cond():
-    params = normal(0)
-
-    def step(new, row):
-        grads, taken = row
-        take = lambda: update_all(grads, states_of(new), params)
-        return jax.lax.cond(taken, take, lambda: new), None
-
-    grads = jax.tree.map(lambda *x: np.stack(x), *map(normal, (1, 2, 3)))
-    start = {name: (params, state) for name, state in init_all(params).items()}
-    new, _ = jax.lax.scan(step, start, (grads, np.array([True, False, True])))
-    assert_all_close(new, expected(1, 3))
+@pytest.mark.parametrize(("way", "kind"), PLACES)
+def test_every_way_gives_the_same_and_later_steps_compile_nothing(way, kind):
+    update, params, wanted = WAYS[way], make(0, kind), expected(1, 2, 3)
+    grads = [make(seed, kind) for seed in (1, 2, 3)]
+    names = FEW if kind and way == "direct" else tuple(TXS)
+    where = {name: p.sharding if kind else None for name, p in params.items()}
+    shaped = lambda p, where: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where)
+    shapes = jax.tree.map(shaped, params, where)
+    before = len(COMPILED)
+    starts = [init_all(params, names), init_all(shapes, names)]
+    assert COMPILED[before:] == []
+    starts += [jit_init_all(params, names)]
+    # The first step may trace, lower and compile, each of which counts.
+    update(grads[0], init_all(params, names), params)
+    before = len(COMPILED)
+    for states in starts:
+        assert_like(params, states)
+        for g in grads:
+            new, old = update(g, states, params), states
+            states = states_of(new)
+            assert_like(params, states)
+            assert all(types(updates) == types(params) for updates, _ in new.values())
+            if way == "donated":
+                assert all(x.is_deleted() for x in jax.tree.leaves(old))
+        assert_all_close(new, wanted)
+    assert COMPILED[before:] == []
 
 
 def test_no_tracer_leaks():
     with jax.checking_leaks():
-        txs = {name: build() for name, build in TABLE.items()}
-        for name, tx in txs.items():
-            state = jax.jit(tx.init)(normal(0))
-            jax.jit(tx.update).lower(normal(1), state, normal(0))
-            if name in FEW:
-                tx.update(normal(1), state, normal(0))
-
-
-def test_init_from_shapes_equals_init_from_arrays():
-    params = normal(0, ("float32", "bfloat16", "float32"))
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    before = len(COMPILED)
-    states, others = init_all(params), init_all(shapes)
-    assert COMPILED[before:] == []
-    assert_same(others, states)
-    assert types(others) == types(states)
-    avals = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
-    assert avals(jax.eval_shape(init_all, shapes)) == avals(states)
+        states = jax.jit(init_all)(normal(0))
+        jax.jit(update_all).lower(normal(1), states, normal(0))
+        update_all(normal(1), {name: states[name] for name in FEW}, normal(0))
 
 
 @both_ways
@@ -157,23 +170,9 @@ def test_degenerate_trees_pass(update):
 
 def test_count_saturates():
     last = jnp.int32(2**31 - 1)
-    states = {k: x._replace(count=last) for k, x in init_all(normal(0)).items()}
-    for name, state in states_of(steps(JIT_UPDATE_ALL, states, [1])).items():
+    states = {k: x._replace(count=last) for k, x in init_all(normal(0), FEW).items()}
+    for name, (_, state) in update_all(normal(1), states, normal(0)).items():
         assert int(state.count) == last, name
-
-
-@pytest.mark.parametrize("rate", [0.1, jnp.float32(0.1), halving])
-def test_state_structure_is_frozen(rate):
-    assert RMSPropState._fields == ("count", "nu", "mu", "trace")
-    for name, build in TABLE.items():
-        fields = ["count", "nu['w']"]
-        fields += ["mu['w']"] * ("centered" in build.keywords)
-        fields += ["trace['w']"] * ("momentum" in build.keywords)
-        rates = dict(learning_rate=rate) if build.func is rmsprop else {}
-        state = build(**rates).init(dict(w=jnp.ones(3)))
-        assert type(state) is RMSPropState, name
-        paths = jax.tree_util.tree_flatten_with_path(state)[0]
-        assert [jax.tree_util.keystr(k) for k, _ in paths] == [f".{x}" for x in fields]
 
 
 def test_optax_finds_and_maps_the_state():
@@ -184,75 +183,12 @@ def test_optax_finds_and_maps_the_state():
         assert_same(mapped[1:], jax.tree.map(lambda x: x + 1, state[1:]))
 
 
-def test_state_survives_pickle_and_the_host(tmp_path):
-    states = states_of(expected(1))
-    for name, state in states.items():
-        for back in (through_pickle(state, None, tmp_path), jax.device_get(state)):
-            assert type(back) is RMSPropState
-            assert_same(back, state)
-            new = TXS[name].update(normal(2), back, normal(0))
-            assert_same(new, expected(1, 2)[name])
-
-
-def assert_placed(params, state, updates=None):
-    """Check that state and updates have the shardings of the parameters."""
-    replicated = NamedSharding(params["matrix"].sharding.mesh, PartitionSpec())
-    assert state.count.sharding.is_equivalent_to(replicated, 0)
-    for tree in filter(None, (*state[1:], updates)):
-        for x, p in zip(tree.values(), params.values(), strict=True):
-            assert x.sharding.is_equivalent_to(p.sharding, x.ndim)
-
-
-@pytest.mark.parametrize("kind", MESHES)
-def test_init_places_state_where_params_are(kind):
-    params = on_mesh(0, kind)
-    shapes = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params
-    )
-    for states in (init_all(params), jax.jit(init_all)(params), init_all(shapes)):
-        for state in states.values():
-            assert_placed(params, state)
-
-
-@pytest.mark.parametrize("kind", [None, *MESHES])
-@both_ways
-def test_later_steps_compile_nothing_and_stay_in_place(kind, update):
-    names = FEW if update is update_all else tuple(TXS)
-    params, jit_init = make(0, kind), jax.jit(init_all, static_argnums=1)
-    starts = [init(params, names) for init in (init_all, jit_init)]
-    # The first step may trace, lower and compile, each of which counts.
-    steps(update, starts[0], [1], kind)
-    before = len(COMPILED)
-    for states in starts:
-        new = steps(update, states, kind=kind)
-        assert_all_close(new, expected(1, 2, 3))
-        for updates, state in new.values() if kind else ():
-            assert_placed(params, state, updates)
-    assert COMPILED[before:] == []
-
-
-@pytest.mark.parametrize("kind", [None, *MESHES])
-def test_params_and_state_are_donated(kind):
-    def step(params, states, grads):
-        new = update_all(grads, states, params)
-        updates, _ = new["centered_momentum"]
-        return optax.apply_updates(params, updates), states_of(new)
-
-    step = jax.jit(step, donate_argnums=(0, 1))
-    for init in (init_all, jax.jit(init_all, static_argnums=1)):
-        params = make(0, kind)
-        states = init(params, FEW)
-        new = step(params, states, make(1, kind))
-        assert all(x.is_deleted() for x in jax.tree.leaves((params, states)))
-        assert not any(x.is_deleted() for x in jax.tree.leaves(new))
-
-
 def test_nothing_is_transferred_under_jit():
     tx = rmsprop(jnp.float32(0.1), centered=True, momentum=0.9)
     for kind in (None, AxisType.Auto):
         params, grads = make(0, kind), make(1, kind)
         with jax.transfer_guard("disallow"):
-            JIT_UPDATE_ALL(grads, jax.jit(init_all)(params), params)
+            jax.jit(update_all)(grads, jit_init_all(params), params)
             jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
 
 

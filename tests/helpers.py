@@ -48,7 +48,12 @@ TABLE = {
     "scale_by_rms": partial(scale_by_rms),
     "scale_by_rms_centered": partial(scale_by_rms, centered=True),
 }
-every = pytest.mark.parametrize("build", TABLE.values(), ids=TABLE)
+# How nu is averaged, and where eps is added.
+CORES = [
+    form | dict(eps_in_sqrt=x)
+    for form in (dict(), dict(centered=True), dict(bias_correction=True))
+    for x in (True, False)
+]
 direct_and_jit = pytest.mark.parametrize(
     "wrap", [lambda f: f, jax.jit], ids=["direct", "jit"]
 )

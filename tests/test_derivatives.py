@@ -3,43 +3,56 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from helpers import direct_and_jit, scan, together
+from helpers import CORES, TABLE, direct_and_jit, scan, together
 from jax.test_util import check_grads
 
 from rmsprop_jax import rmsprop, scale_by_rms
 
-CORES = [
-    form | dict(eps_in_sqrt=x)
-    for form in (dict(), dict(centered=True), dict(bias_correction=True))
-    for x in (True, False)
-]
-DERIVED = [
-    options | dict(eps=eps)
-    for eps in (0.0, 1e-3)
-    for options in [*CORES, dict(momentum=0.9, nesterov=True)]
+FORMS = [
+    *CORES,
+    dict(momentum=0.9, nesterov=True),
+    dict(momentum=0.9, lr_in_momentum=False),
+    dict(l2=0.1, weight_decay=0.1),
 ]
 
 
-def ends(gs):
-    """Return a weighted sum of all updates, for each of DERIVED.
+def ends(gs, *at):
+    """Return a weighted sum of all updates, for each of FORMS.
 
     Each has gradients of its own, so that one backward pass differentiates them all.
     """
     found = []
-    for options, g in zip(DERIVED, gs, strict=True):
-        moved = scan(rmsprop(0.1, **options), g)[0].sum(0)
+    for options, g in zip(FORMS, gs, strict=True):
+        moved = scan(rmsprop(*at, **options), g, g)[0].sum(0)
         found.append((moved * np.arange(1, 3).astype(moved.dtype)).real.sum())
     return jnp.stack(found)
 
 
+@pytest.mark.parametrize("eps", (0.0, 1e-3))
 @pytest.mark.parametrize("dtype", (np.float32, np.complex64))
-def test_derivative_is_finite_at_zero(dtype):
+def test_derivative_is_finite_at_zero(dtype, eps):
     gs = np.zeros((4, 2), dtype)
     gs[1, 0] = 1
-    found = jax.jit(jax.grad(lambda gs: ends(gs).sum()))([gs] * len(DERIVED))
-    for options, x in zip(DERIVED, found, strict=True):
+    total = lambda gs: ends(gs, 0.1, 0.9, eps).sum()
+    found = jax.jit(jax.grad(total))([gs] * len(FORMS))
+    for options, x in zip(FORMS, found, strict=True):
         assert np.isfinite(x).all(), options
+
+
+@pytest.mark.parametrize("name", ["eps_outside", "centered_momentum", "weight_decay"])
+def test_direct_steps_are_differentiable_where_the_gradient_is_0(name):
+    def loss(params, scale):
+        tx = TABLE[name](eps=0.0)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(scale * params, state, params)
+            params = optax.apply_updates(params, updates)
+        return (params**2).sum()
+
+    slopes = jax.grad(loss, (0, 1))(jnp.float32([[1.0, -2.0, 0.0]]), jnp.float32(0.5))
+    assert all(np.isfinite(slope).all() for slope in slopes)
 
 
 def test_derivatives_are_finite_at_zero_for_every_eps():
@@ -65,8 +78,10 @@ def test_derivative_at_zero_is_the_reciprocal_of_eps(wrap):
         assert wrap(slope)(jnp.float32(0)) == pytest.approx(expected)
 
 
-def test_derivative_is_that_of_finite_differences(x64, lenient):
+def test_derivatives_are_those_of_finite_differences(x64, lenient):
+    """By the gradients, the parameters, the learning rate, decay and eps."""
     rng = np.random.default_rng(0)
-    gs = [rng.uniform(1, 2, (4, 2)) for _ in DERIVED]
+    gs = [rng.uniform(1, 2, (4, 2)) for _ in FORMS]
     # Central differences of step 1e-6 are off by 1e-12 of a third derivative.
-    check_grads(jax.jit(ends), (gs,), order=1, eps=1e-6, rtol=1e-6, atol=1e-6)
+    at = (gs, 0.1, 0.9, 0.01)
+    check_grads(jax.jit(ends), at, order=1, eps=1e-6, rtol=1e-6, atol=1e-6)

@@ -16,6 +16,7 @@ from helpers import (
     mesh_of,
     normal,
     on_mesh,
+    set_mesh,
     through_pickle,
     types,
 )
@@ -94,14 +95,12 @@ def assert_all_close(found, expected):
 def assert_like(params, states):
     """Check that state has its frozen structure, and types and shardings of params."""
     like = types(params)
+    count = ((), "int32", False, like["scalar"][-1])
     for name, state in states.items():
         options = TABLE[name].keywords
-        present = [True, "centered" in options, "momentum" in options]
+        mu, trace = (like if x in options else None for x in ("centered", "momentum"))
         assert type(state) is RMSPropState, name
-        assert [x is not None for x in (state.nu, state.mu, state.trace)] == present
-        assert types(state.count) == ((), "int32", False, like["scalar"][-1]), name
-        for tree in filter(None, state[1:]):
-            assert types(tree) == like, name
+        assert types(state) == (count, like, mu, trace), name
 
 
 @pytest.mark.parametrize(("way", "kind"), PLACES)
@@ -130,6 +129,12 @@ def test_every_way_gives_the_same_and_later_steps_compile_nothing(way, kind):
                 assert all(x.is_deleted() for x in jax.tree.leaves(old))
         assert_all_close(new, wanted)
     assert COMPILED[before:] == []
+
+
+def test_init_from_shapes_uses_the_mesh_that_is_set():
+    with set_mesh(mesh_of(8)):
+        state = rmsprop(0.1).init(jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(state))
 
 
 def test_no_tracer_leaks():

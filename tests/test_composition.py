@@ -33,8 +33,9 @@ def test_schedule_free_averages_find_the_weights(lenient):
 
     @jax.jit
     def train(params):
-        carry, _ = jax.lax.scan(step, (params, tx.init(params)), length=300)
-        return optax.contrib.schedule_free_eval_params(*carry[::-1])
+        start = params, tx.init(params)
+        (params, state), _ = jax.lax.scan(step, start, length=300)
+        return optax.contrib.schedule_free_eval_params(state, params)
 
     np.testing.assert_allclose(train(START)["w"], WEIGHTS, atol=5e-2)
 

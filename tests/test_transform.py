@@ -31,10 +31,11 @@ def first_updates(tx):
     return first, tx.update(normal(2), state, normal(0))[0]
 
 
-def test_a_direct_update_is_one_compiled_program():
+def test_a_direct_update_is_one_compiled_program_and_init_is_none():
     for build in TABLE.values():
         # A leaf that no other test has, for a program that is not in the cache yet.
-        tx, params = build(), [np.ones((2, 5), np.float32)] * 3
+        tx, params = build(), [jnp.ones((2, 5))] * 3
+        assert programs(tx.init, params) == 0
         state = tx.init(params)
         halving(state.count)
         assert programs(tx.update, params, state, params) == 1

@@ -1,7 +1,5 @@
 """Every error names the argument or leaf, what came, what was allowed, and the fix."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,29 +156,25 @@ def test_a_gradient_where_init_had_none_is_refused():
 
 
 MASKS = {
-    "missing": dict(w=True),
-    "array": dict(w=np.array([True]), deep=True, z=True),
-    "number": dict(w=1, deep=True, z=True),
-    "returns_none": lambda params: None,
-    "string": "w",
+    "missing": (dict(w=True), ""),
+    "array": (dict(w=np.array([True]), deep=True, z=True), "It has array([ True])"),
+    "number": (dict(w=True, deep=[1], z=True), "It has 1 at ['deep'][0]."),
+    "returns_none": (lambda params: None, ""),
+    "string": ("w", "It has 'w' at the top."),
 }
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_a_mask_unlike_the_params_is_refused(mask):
+@pytest.mark.parametrize(("mask", "words"), MASKS.values(), ids=MASKS)
+def test_a_mask_unlike_the_params_is_refused(mask, words):
     options = dict(weight_decay=0.1, weight_decay_mask=mask)
-    refuse(options, "weight_decay_mask must be a tree of bools", "prefix")
+    refuse(options, "weight_decay_mask must be a tree of bools", "prefix", words)
 
 
-def test_a_wrong_leaf_of_a_mask_or_of_params_beside_one_is_named():
-    decay = partial(dict, weight_decay=0.1)
-    mask = dict(w=True, deep=[1], z=True)
-    refuse(
-        decay(weight_decay_mask=mask), "weight_decay_mask", "It has 1 at ['deep'][0]."
-    )
+def test_a_wrong_leaf_of_params_beside_a_mask_is_named():
     everywhere = lambda params: jax.tree.map(lambda _: True, params)
+    options = dict(weight_decay=0.1, weight_decay_mask=everywhere)
     words, params = "params['w'] must be an array, got dict", tree(w=dict(v=1.0))
-    refuse(decay(weight_decay_mask=everywhere), words, params=params)
+    refuse(options, words, params=params)
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -39,31 +39,39 @@ LINES = ((0, 223), (1, 155), (2, 97), (3, 60))
 SMALLEST, LARGEST = -20, 63
 
 
-def encode_dithered(x, scale, offset):
-    """Encode rows with the scale that the last step left, correct on average.
+def encode(x, scale=None, offset=2**31):
+    """Encode rows.
 
     Args:
       x: new values; float32.
       scale: scales that the last step returned; bfloat16, like x with a last axis of 1.
-      offset: rounding offset of the step, as a fraction of 2^32; uint32 [].
+        None means the scale of each row's own maximum.
+      offset: rounding offset of the step, as a fraction of 2^32; uint32 []. By default,
+        codes are to nearest.
 
     Returns:
       Codes, uint8 like x; scales of this step and the next, like `scale`.
     """
-    exponent, _ = _unpack(scale)
-    return _encode(x, exponent, (offset >> 12).astype(jnp.int32))
-
-
-def encode_nearest(x):
-    """Encode rows to nearest, each with the scale of its own maximum."""
-    known = jnp.where(jnp.isnan(x), 0, x)
-    return _encode(x, _exponent(jnp.max(known, axis=-1, keepdims=True)), 2**19)
+    known = ~jnp.isnan(x)
+    # Bounded, because an infinite scale would lose the rest of the row.
+    x = jnp.where(known, jnp.minimum(x, 4.0**LARGEST), 0)
+    if scale is None:
+        exponent = _exponent(jnp.max(x, axis=-1, keepdims=True))
+    else:
+        exponent, _ = _unpack(scale)
+    # Packed, the maximum is one reduction, which all backends fuse with the rest.
+    packed = jnp.max(_pack(_exponent(x), exponent), axis=-1, keepdims=True)
+    code = _to_codes(x.view(jnp.int32) - _scale_bits(exponent))
+    code = code + jnp.asarray(offset >> 12, jnp.int32) >> 20
+    # On TPU, XLA writes what was converted from float32 in the same pass.
+    codes = jnp.where(known, jnp.clip(code, 0, 254).astype(jnp.float32), 255)
+    return codes.astype(jnp.uint8), packed.astype(jnp.bfloat16)
 
 
 @jax.jit
 def encode_scalar(value):
     """Return the code and the scale of a row of which each element is `value`."""
-    codes, scale = encode_nearest(jnp.full((1,), value, jnp.float32))
+    codes, scale = encode(jnp.full((1,), value, jnp.float32))
     return codes[0], scale[0]
 
 
@@ -77,19 +85,6 @@ def decode(codes, scale):
         bits = _to_bits(code) + _scale_bits(exponent)
         x = jnp.where(code == 0, 0, bits.view(jnp.float32))
     return jnp.where(code == 255, jnp.nan, x)
-
-
-def _encode(x, exponent, offset):
-    """Encode rows with a scale of 4^exponent; offset is a fraction of 2^20."""
-    known = ~jnp.isnan(x)
-    # Bounded, because an infinite scale would lose the rest of the row.
-    x = jnp.where(known, jnp.minimum(x, 4.0**LARGEST), 0)
-    # Packed, the maximum is one reduction, which all backends fuse with the rest.
-    scale = jnp.max(_pack(_exponent(x), exponent), axis=-1, keepdims=True)
-    code = _to_codes(x.view(jnp.int32) - _scale_bits(exponent)) + offset >> 20
-    # On TPU, XLA writes what was converted from float32 in the same pass.
-    codes = jnp.where(known, jnp.clip(code, 0, 254).astype(jnp.float32), 255)
-    return codes.astype(jnp.uint8), scale.astype(jnp.bfloat16)
 
 
 def _to_codes(bits):

@@ -119,7 +119,7 @@ def encode_nearest(x, dtype):
     x = x.astype(jnp.float32)
     if not worth_quantizing(x.shape):
         return Quantized(x, sharding.full_like(x, (1,) * x.ndim, 1.0, jnp.bfloat16))
-    return Quantized(*codes.encode_nearest(x))
+    return Quantized(*codes.encode(x))
 
 
 def encode_dithered(x, old, t):
@@ -130,7 +130,7 @@ def encode_dithered(x, old, t):
     if isinstance(old, Quantized):
         if old.codes.dtype != jnp.uint8:
             return Quantized(x, old.scale)
-        return Quantized(*codes.encode_dithered(x, old.scale, _dither(t)))
+        return Quantized(*codes.encode(x, old.scale, _dither(t)))
     if old is None or old.dtype != jnp.bfloat16:
         return x
     bits = x.view(jnp.uint32)

@@ -80,7 +80,7 @@ def metrics(
     per_layer = checks.flag("per_layer", per_layer)
     state, treedef, stored = _find(state)
     rate = None if learning_rate is None else _rate(learning_rate, state)
-    eps = _float32("eps", eps, 0)
+    eps = jnp.float32(checks.scalar("eps", eps, 0))
     paths = _by_path(treedef.unflatten([0.0] * len(stored)))
     nu = {k: x for k, x in zip(paths, stored, strict=True) if math.prod(x.shape)}
     trees, alike = dict(updates=_by_path(updates), params=_by_path(params)), True
@@ -95,13 +95,12 @@ def metrics(
             alike &= fits
     if not (nu and all(trees.values())):
         raise ValueError("updates, state and params must hold numbers, got none.")
-    if alike:  # Leave out what this optimizer does not train.
-        trees = {name: {k: tree[k] for k in nu} for name, tree in trees.items()}
 
-    columns = [[*tree.values()] for tree in trees.values()]
-    for tree in (state.mu, state.trace):
-        columns.append([x for x in jax.tree.leaves(tree) if x.size])
-    rows = itertools.zip_longest(*columns, nu.values())
+    columns = *trees.values(), _by_path(state.mu), _by_path(state.trace), nu
+    if alike:  # Leave out what this optimizer does not train.
+        rows = [[column.get(path) for column in columns] for path in nu]
+    else:
+        rows = itertools.zip_longest(*(column.values() for column in columns))
     leaves = [_summarize(*row, eps=eps, eps_in_sqrt=eps_in_sqrt) for row in rows]
     found = _describe(functools.reduce(_merge, leaves), rate)
     # Copied, because the caller may donate the state.
@@ -149,7 +148,7 @@ def effective_learning_rate(
     """
     eps_in_sqrt = checks.flag("eps_in_sqrt", eps_in_sqrt)
     state, treedef, stored = _find(state)
-    rate, eps = _rate(learning_rate, state), _float32("eps", eps, 0)
+    rate, eps = _rate(learning_rate, state), jnp.float32(checks.scalar("eps", eps, 0))
     denominators = (_denominator(storage.decode(x), eps, eps_in_sqrt) for x in stored)
     return treedef.unflatten(rate / x.astype(jnp.float32) for x in denominators)
 
@@ -190,9 +189,8 @@ def _summarize(updates, params, mu, trace, nu, eps, eps_in_sqrt):
     # The terms of a finite sum are finite: there is nothing to count.
     nonfinite = jax.lax.cond(
         jnp.isfinite(sum(squares.values())),
-        lambda _: jax.tree.map(lambda x: 0 * x, squares),
-        lambda signed: jax.tree.map(reductions.count_nonfinite, signed),
-        signed,
+        lambda: jax.tree.map(lambda x: 0 * x, squares),
+        lambda: jax.tree.map(reductions.count_nonfinite, signed),
     )
     found = {f"{name}_squares": x for name, x in squares.items()}
     found |= {f"{name}_nonfinite": x for name, x in nonfinite.items()}
@@ -237,8 +235,7 @@ def _describe(x, lr):
         found["effective_learning_rate_min"] = lr / x["nu_highest"]
         found["effective_learning_rate_mean"] = lr / mean
         found["effective_learning_rate_max"] = lr / x["nu_lowest"]
-    found["nonfinite_updates"] = x["updates_nonfinite"]
-    found["nonfinite_params"] = x["params_nonfinite"]
+    found |= {f"nonfinite_{k}": x[f"{k}_nonfinite"] for k in ("updates", "params")}
     signed = x.get("mu_nonfinite", 0) + x.get("trace_nonfinite", 0)
     found["nonfinite_state"] = x["nu_nonfinite"] + signed
     return found
@@ -246,7 +243,12 @@ def _describe(x, lr):
 
 def _denominator(nu, eps, eps_in_sqrt):
     eps = eps.astype(nu.dtype)
-    return jnp.sqrt(nu + eps) if eps_in_sqrt else jnp.sqrt(nu) + eps
+    return jnp.sqrt(nu + eps) if eps_in_sqrt else _sqrt(nu) + eps
+
+
+# The slope of sqrt is infinite at 0: take 0.
+_sqrt = jax.custom_jvp(jnp.sqrt)
+_sqrt.defjvps(lambda dx, root, x: dx * (0.5 / jnp.where(x == 0, jnp.inf, root)))
 
 
 @jax.jit
@@ -275,15 +277,12 @@ def _find(tree):
 def _rate(learning_rate, state):
     """Return the learning rate of the last step; float32 []."""
     if not callable(learning_rate):
-        return _float32("learning_rate", learning_rate)
+        return jnp.float32(checks.scalar("learning_rate", learning_rate))
     (count,) = jax.tree.leaves(state.count)
     rate = learning_rate(jnp.maximum(count - 1, 0))
     # Reading it would wait for the step.
-    return _float32("learning_rate(count)", rate, read_arrays=False)
-
-
-def _float32(name, value, *domain, **options):
-    return jnp.asarray(checks.scalar(name, value, *domain, **options), jnp.float32)
+    rate = checks.scalar("learning_rate(count)", rate, read_arrays=False)
+    return jnp.float32(rate)
 
 
 def _by_path(tree):

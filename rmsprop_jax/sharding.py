@@ -65,11 +65,10 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
     has_codes = any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
 
     def place(path, x):
-        spec, memory_kind = P(), None
         old = getattr(x, "sharding", None)
-        if isinstance(old, NamedSharding) and old.mesh.shape == mesh.shape:
-            spec, memory_kind = old.spec, old.memory_kind
-        shard = NamedSharding(mesh, spec).shard_shape(x.shape)
+        if not (isinstance(old, NamedSharding) and old.mesh.shape == mesh.shape):
+            old = NamedSharding(mesh, P())
+        shard, spec = old.shard_shape(x.shape), old.spec
         axes = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
         axes += [()] * (x.ndim - len(axes))
         if x.size and not any(axis in names for names in axes):
@@ -80,7 +79,7 @@ def zero(state: Any, mesh: Mesh | AbstractMesh, axis: str) -> tuple[Any, list[st
                 axes[max(divisible, key=lambda i: (i < rows, shard[i]))] += (axis,)
             elif x.size > 1:
                 replicated.append(jax.tree_util.keystr(path))
-        return NamedSharding(mesh, P(*axes), memory_kind=memory_kind)
+        return NamedSharding(mesh, P(*axes), memory_kind=old.memory_kind)
 
     return jax.tree_util.tree_map_with_path(place, state), replicated
 

@@ -10,13 +10,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from scale import COLLECTIVE, shaped
+from measuring import step_of
+from scale import COLLECTIVE, shaped, state_of
 
 from rmsprop_jax import rmsprop, sharding
 
@@ -83,14 +83,8 @@ def parameter(shape, sharding):
 def compiled(options, params):
     """Return the compiled step, with parameters and state donated."""
     tx = rmsprop(0.001, **options)
-    where = jax.jit(tx.init).lower(params).compile().output_shardings
-    state = jax.tree.map(shaped, jax.eval_shape(tx.init, params), where)
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    held = params, state_of(tx, params)
+    return jax.jit(step_of(tx), donate_argnums=0).lower(held, params).compile()
 
 
 TYPED_COLLECTIVE = re.compile(r" = (.*?)" + COLLECTIVE.pattern)
@@ -205,13 +199,12 @@ def test_zero_scatters_gradients_and_gathers_updates(options, devices):
     assert not replicated
     state = jax.tree.map(shaped, state, where)
 
-    def step(params, state, x):
-        grads = jax.grad(lambda p: jnp.mean(jnp.tanh(x @ p) ** 2))(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def step(held, x):
+        grads = jax.grad(lambda p: jnp.mean(jnp.tanh(x @ p) ** 2))(held[0])
+        return step_of(tx)(held, grads)
 
-    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(everywhere, where))
-    program = step.lower(params, state, parameter((512, SIDE), split)).compile()
+    step = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, where))
+    program = step.lower((params, state), parameter((512, SIDE), split)).compile()
     found = set(COLLECTIVE.findall(program.as_text()))
     if devices[0].platform == "tpu":
         # With so few chips XLA sums whole gradients, and permutes to pass the new parts

@@ -5,12 +5,12 @@ installed.
 """
 
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
 import measuring
 import numpy as np
-import optax
 
 from rmsprop_jax import scale_by_rms, storage
 
@@ -19,49 +19,8 @@ SHAPE = (4, 2048)
 STEPS = {0.9: 400, 0.99: 400, 0.999: 4000}
 # Of the gradients: their size, and how many e-folds it differs from weight to weight.
 SCALES = ((1.0, 1), (1e-4, 2))
-KINDS = ("steady", "falling", "half of them falling")
-BLOCK = 100
-
-
-def gradients(decay, scale, kind):
-    """Yield blocks [BLOCK, *SHAPE] of Gaussian gradients.
-
-    Their sizes differ by a log-normal factor from weight to weight, and fall
-    exponentially by 64 over the run: all, none, or every second one. The stream of
-    RandomState never changes.
-    """
-    random = np.random.RandomState(0)
-    sizes = scale[0] * random.lognormal(sigma=scale[1], size=SHAPE)
-    every = {"steady": 0, "falling": 2, "half of them falling": 1}[kind]
-    falling = np.arange(SHAPE[-1]) % 2 < every
-    for first in range(0, STEPS[decay], BLOCK):
-        times = np.arange(first, first + BLOCK).reshape(-1, 1, 1) / STEPS[decay]
-        factor = np.where(falling, 64.0**-times, 1)
-        noise = random.standard_normal((BLOCK, *SHAPE))
-        yield (noise * sizes * factor).astype(np.float32)
-
-
-def ours(dtype):
-    return lambda decay: scale_by_rms(decay, eps=0.0, nu_dtype=dtype)
-
-
-def rounded(through, nbytes):
-    """Return `scale_by_rms` whose average passes through a format after each step.
-
-    It is kept as float32; `nbytes` is what the format would take per parameter.
-    """
-
-    def build(decay):
-        inner = scale_by_rms(decay, eps=0.0)
-
-        def update(grads, state, params=None):
-            updates, state = inner.update(grads, state, params)
-            return updates, state._replace(nu=through(state.nu))
-
-        return optax.GradientTransformation(inner.init, update)
-
-    build.nbytes = nbytes
-    return build
+# How many of every two weights have gradients that fall by 64 over the run.
+KINDS = {"steady": 0, "falling": 2, "half of them falling": 1}
 
 
 def nearest_bfloat16(nu):
@@ -89,56 +48,62 @@ def bitsandbytes(nu):
     return jax.pure_callback(through, jax.ShapeDtypeStruct(nu.shape, nu.dtype), nu)
 
 
+keep = lambda nu: nu
+# Bytes per parameter; `nu_dtype`; what `nu` passes through after each step.
 FORMATS = {
-    "float32": ours(None),
-    "bfloat16": ours(jnp.bfloat16),
-    "bfloat16, to nearest": rounded(nearest_bfloat16, 2),
-    "uint8": ours(jnp.uint8),
-    "uint8, to nearest": rounded(nearest_uint8, 1 + 2 / SHAPE[-1]),
+    "float32": (4, None, keep),
+    "bfloat16": (2, jnp.bfloat16, keep),
+    "bfloat16, to nearest": (2, None, nearest_bfloat16),
+    "uint8": (1 + 2 / SHAPE[-1], jnp.uint8, keep),
+    "uint8, to nearest": (1 + 2 / SHAPE[-1], None, nearest_uint8),
 }
 if importlib.util.find_spec("bitsandbytes"):
-    FORMATS["bitsandbytes, 8 bit"] = rounded(bitsandbytes, 1 + 4 / 256)
+    FORMATS["bitsandbytes, 8 bit"] = (1 + 4 / 256, None, bitsandbytes)
 
 
-def errors(builds, decay, scale, kind):
-    """Return the relative RMS error of g / sqrt(v), over all steps, of each format."""
-    txs = [build(decay) for build in builds]
+def gradients(decay, scale, kind):
+    """Return Gaussian gradients [steps, *SHAPE], with a log-normal size per weight."""
+    random, steps = np.random.RandomState(0), np.arange(STEPS[decay]).reshape(-1, 1, 1)
+    sizes = scale[0] * random.lognormal(sigma=scale[1], size=SHAPE)
+    falling = np.arange(SHAPE[-1]) % 2 < KINDS[kind]
+    grads = random.standard_normal((len(steps), *SHAPE))
+    grads *= sizes
+    grads *= 64.0 ** -(falling * steps / len(steps))
+    return grads.astype(np.float32)
+
+
+def errors(names, decay, scale, kind):
+    """Return the RMS error of g / sqrt(v) in some formats, relative to float32."""
+    formats = [FORMATS[name] for name in ("float32", *names)]
+    txs = [scale_by_rms(decay, eps=0.0, nu_dtype=dtype) for _, dtype, _ in formats]
 
     def step(states, g):
-        pairs = [tx.update(g, s) for tx, s in zip(txs, states, strict=True)]
-        return [state for _, state in pairs], [u for u, _ in pairs]
+        updates, new = [], []
+        for tx, state, (_, _, through) in zip(txs, states, formats, strict=True):
+            update, state = tx.update(g, state)
+            updates.append(update)
+            new.append(state._replace(nu=through(state.nu)))
+        exact, *found = updates
+        return new, [jnp.mean((u / exact - 1) ** 2) for u in found]
 
-    run = jax.jit(lambda states, grads: jax.lax.scan(step, states, grads))
-    states, v, squares = [tx.init(jnp.zeros(SHAPE)) for tx in txs], 0, []
-    for grads in gradients(decay, scale, kind):
-        states, updates = run(states, grads)
-        exact = np.empty(grads.shape)
-        for t, g in enumerate(grads.astype(np.float64)):
-            v = decay * v + (1 - decay) * g**2
-            exact[t] = g / np.sqrt(v)
-        squares += [[np.mean((np.asarray(u) / exact - 1) ** 2) for u in updates]]
-    return np.sqrt(np.mean(squares, 0))
+    start = [tx.init(jnp.zeros(SHAPE)) for tx in txs]
+    run = jax.jit(lambda grads: jax.lax.scan(step, start, grads)[1])
+    return np.sqrt(np.mean(run(gradients(decay, scale, kind)), axis=1))
 
 
-def table(decays=tuple(STEPS)):
+def table():
     """Print a row for each format: bytes per parameter, and errors.
 
     A column is a decay and the spread of sizes within a row of the array; a cell has
     the errors with gradients that are steady, that fall, and of which half fall.
     """
-    columns = [(decay, scale) for decay in decays for scale in SCALES]
-    found = [
-        [errors(FORMATS.values(), *column, kind) for kind in KINDS]
-        for column in columns
-    ]
-    names = [f"decay {decay}, e^{scale[1]}" for decay, scale in columns]
-    measuring.heads("`nu`", "bytes", *names)
-    rows = zip(FORMATS.items(), np.moveaxis(found, 2, 0), strict=True)
-    for (name, build), row in rows:
-        nu = jax.tree.leaves(build(0.9).init(jnp.zeros(SHAPE)).nu)
-        nbytes = getattr(build, "nbytes", sum(x.nbytes for x in nu) / np.prod(SHAPE))
-        cells = [", ".join(f"{100 * x:.2g}" for x in cell) + " %" for cell in row]
-        measuring.row(name, f"{nbytes:.3f}", *cells)
+    names, columns = list(FORMATS)[1:], [*itertools.product(STEPS, SCALES)]
+    found = np.array([[errors(names, *x, kind) for kind in KINDS] for x in columns])
+    heads = (f"decay {decay}, e^{spread}" for decay, (_, spread) in columns)
+    measuring.heads("`nu`", "bytes", *heads)
+    for i, name in enumerate(names):
+        cells = (", ".join(f"{100 * x:.2g}" for x in cell) for cell in found[..., i])
+        measuring.row(name, f"{FORMATS[name][0]:.3f}", *(f"{x} %" for x in cells))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 `python tests/measure/scale.py` compiles for a mesh of 16 x 16 CPU devices, with the
 parameters sharded over its model axis, and prints the memory that the state takes and
-its communication; then how compilation grows with the number of leaves. No arrays are
-allocated.
+its communication. No arrays are allocated.
 """
 
+import collections
 import itertools
 import math
 import re
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import measuring
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from measuring import BFLOAT16, UINT8
 
 from rmsprop_jax import rmsprop, sharding
@@ -35,25 +35,23 @@ def transformer(mesh, layers=32, width=4096, hidden=11008, words=32000):
     Megatron-LM; uint8 state that is split along rows needs one maximum.
     """
 
-    def leaves(names, *shape, split=None):
-        axes = ("model" if axis == split else None for axis in range(len(shape)))
-        where = NamedSharding(mesh, PartitionSpec(*axes))
-        leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
-        return dict.fromkeys(names, leaf)
+    def leaf(shape, *axes):
+        where = NamedSharding(mesh, P(*axes))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
 
-    layer = {
-        **leaves(["q", "k", "v"], width, width, split=1),
-        **leaves(["o"], width, width, split=0),
-        **leaves(["gate", "up"], width, hidden, split=1),
-        **leaves(["down"], hidden, width, split=0),
-        **leaves(["norm", "other_norm"], width),
-    }
-    return {
-        **leaves(["norm"], width),
-        **leaves(["head"], width, words, split=1),
-        **leaves(["embedding"], words, width, split=0),
-        **{f"layer_{i}": layer for i in range(layers)},
-    }
+    columns, rows, norm = (None, "model"), ("model", None), leaf((width,))
+    square, up = leaf((width, width), *columns), leaf((width, hidden), *columns)
+    attention = dict(q=square, k=square, v=square, o=leaf((width, width), *rows))
+    mlp = dict(gate=up, up=up, down=leaf((hidden, width), *rows))
+    layer = dict(attention=attention, mlp=mlp, norms=[norm, norm])
+    head, embedding = leaf((width, words), *columns), leaf((words, width), *rows)
+    return dict(embedding=embedding, layers=layers * [layer], norm=norm, head=head)
+
+
+def state_of(tx, params):
+    """Return the shapes of the state that `jax.jit(tx.init)` makes."""
+    where = jax.jit(tx.init).lower(params).compile().output_shardings
+    return jax.tree.map(shaped, jax.eval_shape(tx.init, params), where)
 
 
 def on_a_device(tree):
@@ -67,43 +65,30 @@ def on_a_device(tree):
 def row(name, params, mesh, spread):
     """Return bytes of state on a device, collectives of a step, seconds to compile."""
     tx = rmsprop(0.001, **FORMATS[name])
-    where = jax.jit(tx.init).lower(params).compile().output_shardings
-    state = jax.tree.map(shaped, jax.eval_shape(tx.init, params), where)
+    state = state_of(tx, params)
     if spread:
-        where, _ = sharding.zero(state, mesh, "data")
-        state = jax.tree.map(shaped, state, where)
-
-    where = jax.tree.map(lambda p: p.sharding, params), where
+        state = jax.tree.map(shaped, state, sharding.zero(state, mesh, "data")[0])
+    held = params, state
+    where = jax.tree.map(lambda x: x.sharding, held)
     step = jax.jit(measuring.step_of(tx), donate_argnums=0, out_shardings=where)
-    args = (params, state), params
-    program, seconds = measuring.timed(lambda: step.lower(*args).compile())
-    found = COLLECTIVE.findall(program.as_text())
-    counts = [f"{found.count(kind)} {kind}" for kind in sorted(set(found))]
-    return on_a_device(state), ", ".join(counts) or "none", seconds
+    program, seconds = measuring.timed(lambda: step.lower(held, params).compile())
+    counts = collections.Counter(COLLECTIVE.findall(program.as_text())).items()
+    collectives = ", ".join(f"{count} {kind}" for kind, count in sorted(counts))
+    return on_a_device(state), collectives or "none", seconds
 
 
-def seconds_to_compile(build, leaves):
-    """Return how long it takes to trace, lower and compile the update of a tree."""
-    jax.clear_caches()
-    params = [jax.ShapeDtypeStruct((32, 32), jnp.float32)] * leaves
-    tx = build(0.001, momentum=0.9)
-    args = params, jax.eval_shape(tx.init, params), params
-    return measuring.timed(lambda: jax.jit(tx.update).lower(*args).compile())[1]
-
-
-def table(leaves=(10, 100, 1000, 3000), **sizes):
-    """Print a row for each format, with ZeRO and without, then one a number of leaves.
+def table(**sizes):
+    """Print a row for each format, with ZeRO and without.
 
     This makes 256 CPU devices, so JAX must not have started before.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 256)
-    devices = np.array(jax.devices()).reshape(16, 16)
-    mesh = Mesh(devices, ("data", "model"))
+    mesh = Mesh(np.array(jax.devices()).reshape(16, 16), ("data", "model"))
     params = transformer(mesh, **sizes)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    leaves = jax.tree.leaves(params)
     print(
-        f"{count / 1e9:.2f} billion parameters in {len(jax.tree.leaves(params))} "
+        f"{sum(x.size for x in leaves) / 1e9:.2f} billion parameters in {len(leaves)} "
         f"leaves, {on_a_device(params) / 1e6:.1f} MB on each of 16 x 16 devices.\n"
     )
     columns = "MB on a device", "collectives of an update", "compiled in"
@@ -112,11 +97,6 @@ def table(leaves=(10, 100, 1000, 3000), **sizes):
         held, found, seconds = row(name, params, mesh, spread)
         cells = f"{held / 1e6:.1f}", found, f"{seconds:.1f} s"
         measuring.row(name, "yes" if spread else "no", *cells)
-    print()
-    measuring.heads("leaves of 32 x 32", "compiled in", "/ optax")
-    for n in leaves:
-        ours, theirs = (seconds_to_compile(x, n) for x in (rmsprop, optax.rmsprop))
-        measuring.row(str(n), f"{ours:.2f} s", f"{ours / theirs:.2f}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ SHAPE = (4, 2048)
 STEPS = {0.9: 400, 0.99: 400, 0.999: 4000}
 # Of the gradients: their size, and how many e-folds it differs from weight to weight.
 SCALES = ((1.0, 1), (1e-4, 2))
-# How many of every two weights have gradients that fall by 64 over the run.
-KINDS = {"steady": 0, "falling": 2, "half of them falling": 1}
+KINDS = ("steady", "falling", "half of them falling")
 
 
 def nearest_bfloat16(nu):
@@ -62,10 +61,15 @@ if importlib.util.find_spec("bitsandbytes"):
 
 
 def gradients(decay, scale, kind):
-    """Return Gaussian gradients [steps, *SHAPE], with a log-normal size per weight."""
+    """Return Gaussian gradients [steps, *SHAPE].
+
+    Their sizes differ by a log-normal factor from weight to weight, and fall
+    exponentially by 64 over the run: all, none, or every second one.
+    """
     random, steps = np.random.RandomState(0), np.arange(STEPS[decay]).reshape(-1, 1, 1)
     sizes = scale[0] * random.lognormal(sigma=scale[1], size=SHAPE)
-    falling = np.arange(SHAPE[-1]) % 2 < KINDS[kind]
+    every = {"steady": 0, "falling": 2, "half of them falling": 1}[kind]
+    falling = np.arange(SHAPE[-1]) % 2 < every
     grads = random.standard_normal((len(steps), *SHAPE))
     grads *= sizes
     grads *= 64.0 ** -(falling * steps / len(steps))
@@ -73,37 +77,42 @@ def gradients(decay, scale, kind):
 
 
 def errors(names, decay, scale, kind):
-    """Return the RMS error of g / sqrt(v) in some formats, relative to float32."""
-    formats = [FORMATS[name] for name in ("float32", *names)]
+    """Return the relative RMS error of g / sqrt(v), over all steps, of some formats."""
+    formats = [FORMATS[name] for name in names]
     txs = [scale_by_rms(decay, eps=0.0, nu_dtype=dtype) for _, dtype, _ in formats]
 
-    def step(states, g):
-        updates, new = [], []
+    def step(states, row):
+        g, exact = row
+        new, squares = [], []
         for tx, state, (_, _, through) in zip(txs, states, formats, strict=True):
-            update, state = tx.update(g, state)
-            updates.append(update)
+            u, state = tx.update(g, state)
             new.append(state._replace(nu=through(state.nu)))
-        exact, *found = updates
-        return new, [jnp.mean((u / exact - 1) ** 2) for u in found]
+            squares.append(jnp.mean((u / exact - 1) ** 2))
+        return new, squares
 
+    grads = gradients(decay, scale, kind)
+    v, exact = np.zeros(SHAPE), np.empty_like(grads)
+    for t, g in enumerate(grads):
+        v = decay * v + (1 - decay) * g.astype(np.float64) ** 2
+        exact[t] = g / np.sqrt(v)
     start = [tx.init(jnp.zeros(SHAPE)) for tx in txs]
-    run = jax.jit(lambda grads: jax.lax.scan(step, start, grads)[1])
-    return np.sqrt(np.mean(run(gradients(decay, scale, kind)), axis=1))
+    squares = jax.jit(lambda *rows: jax.lax.scan(step, start, rows)[1])(grads, exact)
+    return np.sqrt(np.mean(squares, axis=1))
 
 
-def table():
+def table(decays=tuple(STEPS)):
     """Print a row for each format: bytes per parameter, and errors.
 
     A column is a decay and the spread of sizes within a row of the array; a cell has
     the errors with gradients that are steady, that fall, and of which half fall.
     """
-    names, columns = list(FORMATS)[1:], [*itertools.product(STEPS, SCALES)]
-    found = np.array([[errors(names, *x, kind) for kind in KINDS] for x in columns])
+    columns = [*itertools.product(decays, SCALES)]
+    found = np.array([[errors(FORMATS, *x, kind) for kind in KINDS] for x in columns])
     heads = (f"decay {decay}, e^{spread}" for decay, (_, spread) in columns)
     measuring.heads("`nu`", "bytes", *heads)
-    for i, name in enumerate(names):
+    for i, (name, (nbytes, _, _)) in enumerate(FORMATS.items()):
         cells = (", ".join(f"{100 * x:.2g}" for x in cell) for cell in found[..., i])
-        measuring.row(name, f"{FORMATS[name][0]:.3f}", *(f"{x} %" for x in cells))
+        measuring.row(name, f"{nbytes:.3f}", *(f"{x} %" for x in cells))
 
 
 if __name__ == "__main__":

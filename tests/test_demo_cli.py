@@ -48,19 +48,23 @@ def test_ctrl_c_is_answered_while_jax_compiles(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_failures_in_training_get_one_line(tmp_path, monkeypatch, capsys, processes):
+@pytest.mark.parametrize(("processes", "resume"), [(1, []), (2, ["--resume"])])
+def test_failures_in_training_get_one_line(
+    tmp_path, monkeypatch, capsys, processes, resume
+):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("UNKNOWN: Connection\nreset")
 
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "--out", "my run"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "--out", "my run", *resume])
+    options = cli.parse(["--out", str(tmp_path / "run")])
+    options.resume = bool(resume)
     with pytest.raises(SystemExit) as caught:
-        cli.run(cli.parse(["--out", str(tmp_path / "run")]), fail)
+        cli.run(options, fail)
     message = capsys.readouterr().err if processes == 2 else caught.value.code
-    assert f"{tmp_path}/run: UNKNOWN: Connection reset. Resume with: python" in message
-    assert message.strip().endswith("--out 'my run' --resume")
+    assert f"{tmp_path}/run: UNKNOWN: Connection reset. Resume with: " in message
+    assert message.strip().endswith("with: python --out 'my run' --resume")
     assert ("did another process end?" in message) == (processes == 2)
 
 

@@ -1,26 +1,24 @@
 """Plots show the numbers that they are given, and label them."""
 
-import jax.numpy as jnp
-import numpy as np
+import csv
+
 import pytest
 from helpers import refusal
 from matplotlib.figure import Figure
 
-from rmsprop_jax import diagnostics, plots, scale_by_rms
+from rmsprop_jax import plots
 
-# As read from a CSV file: strings, and empty where a run lacks the value.
-ROWS = [
-    {
-        "optimizer": name,
-        "epoch": str(i),
-        "step": str(10 * i),
-        "loss": f"{level / i}",
-        "rate/a/kernel": f"{level * i}" if name == "rmsprop" else "",
-        "rate/b": f"{level + i}" if name == "rmsprop" else None,
-    }
-    for name, level in (("rmsprop", 1.0), ("sgd", 2.0))
-    for i in (1, 2, 4)
-]
+# The last column of sgd is "", then None.
+TABLE = """\
+optimizer,epoch,step,loss,rate/a/kernel,rate/b
+rmsprop,1,10,1,1,2
+rmsprop,2,20,0.5,2,3
+rmsprop,4,40,0.25,4,5
+sgd,1,10,2,,
+sgd,2,20,1,,
+sgd,4,40,0.5
+"""
+ROWS = list(csv.DictReader(TABLE.splitlines()))
 
 
 @pytest.fixture
@@ -57,20 +55,17 @@ def test_lines_differ_without_color(axes):
     assert len({(x.get_linestyle(), x.get_marker()) for x in axes.lines}) == 20
 
 
-@pytest.mark.parametrize("eps_in_sqrt", [True, False])
-def test_the_denominator_is_drawn_with_eps(axes, eps_in_sqrt):
-    nu = [jnp.array([0.0, 4e-4, 5e-4, 4.1]), jnp.full((4,), 4.2)]
-    state = scale_by_rms().init(nu)._replace(nu=nu)
-    histogram = diagnostics.histogram(state)
-    plots.denominator(axes, histogram, eps=1e-8, eps_in_sqrt=eps_in_sqrt)
+@pytest.mark.parametrize(("eps_in_sqrt", "x"), [(True, 1e-4), (False, 1e-8)])
+def test_the_denominator_is_drawn_with_eps(axes, eps_in_sqrt, x):
+    histogram = [0, 2**-6, 2**-5, 2, 4, 8], [1, 2, 0, 5, 0]
+    plots.denominator(axes, histogram, eps_in_sqrt=eps_in_sqrt)
     shares, edges, _ = axes.patches[0].get_data()
-    found = {edges[i]: shares[i] for i in np.flatnonzero(shares)}
-    assert found == {2.0**-6: 25.0, 2.0: 62.5}
+    assert [*edges] == [2**-6, 2**-5, 2, 4, 8] and [*shares] == [25, 0, 62.5, 0]
     line, zero = axes.lines
-    assert line.get_xdata()[0] == pytest.approx(1e-4 if eps_in_sqrt else 1e-8)
+    assert line.get_xdata()[0] == pytest.approx(x)
     assert zero.get_label() == "zero: 12.5 %"
     low, high = axes.get_xlim()
-    assert low < line.get_xdata()[0] and high > 4
+    assert low < x and high > 4
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])

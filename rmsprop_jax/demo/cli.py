@@ -3,13 +3,13 @@
 import argparse
 import concurrent.futures
 import functools
-import importlib.metadata
 import json
 import os
 import shlex
 import signal
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -71,8 +71,7 @@ def parse(arguments):
     add("--coordinator", help="HOST:PORT of process 0, or auto (on a TPU pod)")
     add("--processes", type=int, help="number of processes")
     add("--process-id", type=int, help="from 0, whose options the others take")
-    version = importlib.metadata.version("rmsprop_jax")
-    add("--version", action="version", version=version)
+    add("--version", action="version", version=version("rmsprop_jax"))
     options = parser.parse_args(arguments)
 
     if options.resume:
@@ -142,8 +141,8 @@ def run(options, train):
     """Train until done or interrupted, and return the exit status."""
     stop, first = threading.Event(), jax.process_index() == 0
     names = OPTIMIZERS if options.optimizer == "all" else [options.optimizer]
-    resume = [*sys.orig_argv] if options.resume else [*sys.orig_argv, "--resume"]
-    resume = f"Resume with: {shlex.join(resume)}"
+    added = [] if options.resume else ["--resume"]
+    resume = f"Resume with: {shlex.join([*sys.orig_argv, *added])}"
 
     def interrupt(*_):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -157,12 +156,10 @@ def run(options, train):
     try:
         if first:
             save(options)
+        results = (train(options, name, *OPTIMIZERS[name], stop) for name in names)
         # In another thread, so that this one answers Ctrl-C even while JAX compiles.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            finished = all(
-                pool.submit(train, options, name, *OPTIMIZERS[name], stop).result()
-                for name in names
-            )
+            finished = pool.submit(all, results).result()
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
         reason = " ".join(f"{options.out}: {error}. {resume}".split())
         if jax.process_count() == 1:
@@ -181,12 +178,17 @@ def save(options):
     """Create the folder of a new run, and save its options in it."""
     # Of two runs that start at once, the second one fails here.
     options.out.mkdir(parents=True, exist_ok=options.resume)
-    temporary = options.out / "config.json.tmp"
-    temporary.write_text(config(options))
-    os.replace(temporary, options.out / "config.json")
+    write(options.out / "config.json", config(options))
 
 
 def config(options):
     """Return the options that must not change during a run, and `epochs`, as JSON."""
     others = ("out", "resume", "coordinator", "processes", "process_id")
     return json.dumps({k: v for k, v in vars(options).items() if k not in others})
+
+
+def write(path, text):
+    """Write a file atomically: a kill leaves the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

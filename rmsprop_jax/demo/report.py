@@ -1,12 +1,13 @@
 """Files of a run: metrics.csv and two figures."""
 
 import csv
-import os
+import io
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rmsprop_jax import plots
+from rmsprop_jax.demo.cli import write
 
 
 def read_metrics(out):
@@ -16,29 +17,27 @@ def read_metrics(out):
 
 
 def write_metrics(out, rows):
-    """Write metrics.csv atomically: a kill leaves the old file or the new one."""
-    temporary = out / "metrics.csv.tmp"
-    with temporary.open("w", newline="") as file:
-        # Rows of RMSProp, which come first, have more columns.
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, out / "metrics.csv")
+    """Write metrics.csv."""
+    table = io.StringIO()
+    # Rows of RMSProp, which come first, have more columns.
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(out / "metrics.csv", table.getvalue())
 
 
 def draw_curves(out, rows):
     """Plot loss and held-out accuracy against epochs, with one line per optimizer."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    plots.training_curves(loss, rows, "loss")
-    plots.training_curves(accuracy, rows, "accuracy")
-    loss.set(title="Training loss", ylabel="cross-entropy [nats]", yscale="log")
-    accuracy.set(title="Held-out accuracy", ylabel="images read correctly")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for axes in (loss, accuracy):
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        plots.training_curves(axes, rows, name)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.get_legend().set_title("final")
+    loss.set(title="Training loss", ylabel="cross-entropy [nats]", yscale="log")
+    accuracy.set(title="Held-out accuracy", ylabel="images read correctly")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.savefig(out / "curves.png", dpi=120)
 
 

@@ -21,9 +21,11 @@ from rmsprop_jax.demo.cli import RMSPROP
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-def compile_steps(options, name, tx, mesh):
-    """Create the initial state and the compiled functions `step` and `measure`."""
+def compile_steps(options, name, tx):
+    """Create the initial state, compiled functions, and the sharding of batches."""
     training, held_out = data.load()
+    mesh = Mesh(jax.devices(), ("data",))
+    shards = NamedSharding(mesh, PartitionSpec("data"))
     graph = nnx.graphdef(nnx.eval_shape(lambda: data.Reader(nnx.Rngs(0))))
 
     def init():
@@ -57,7 +59,7 @@ def compile_steps(options, name, tx, mesh):
             row |= diagnostics.metrics(*inputs, eps=options.eps, per_layer=True)
         return row
 
-    return jax.jit(init, out_shardings=shardings)(), step, measure
+    return jax.jit(init, out_shardings=shardings)(), step, measure, shards
 
 
 def train(options, name, optimizer, peak, stop):
@@ -72,10 +74,8 @@ def train(options, name, optimizer, peak, stop):
     schedule = optax.cosine_decay_schedule(options.learning_rate or peak, steps)
     settings = RMSPROP if name == "rmsprop" else ()
     tx = optimizer(schedule, **{x: getattr(options, x) for x in settings})
-    mesh = Mesh(jax.devices(), ("data",))
-    shards = NamedSharding(mesh, PartitionSpec("data"))
+    state, step, measure, shards = compile_steps(options, name, tx)
     place = jax.make_array_from_process_local_data
-    state, step, measure = compile_steps(options, name, tx, mesh)
 
     folder = options.out.absolute() / "checkpoints" / name
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -93,21 +93,19 @@ def train(options, name, optimizer, peak, stop):
     rows = report.read_metrics(options.out)
     rows = [x for x in rows if x["optimizer"] != name or int(x["epoch"]) <= start]
 
-    first, done, updates = jax.process_index() == 0, start * per_epoch, None
+    first, epoch, done = jax.process_index() == 0, start, start * per_epoch
     # None disables the bar if there is no terminal.
-    bar = tqdm(total=steps, initial=done, desc=name, disable=None if first else True)
-    for epoch in range(start + 1, options.epochs + 1):
-        while done < epoch * per_epoch:
-            batch = data.batch(images, labels, options.batch_size, options.seed, done)
-            state, updates = step(state, *[place(shards, x, x.shape) for x in batch])
-            if done == start * per_epoch:
-                bar.unpause()  # Leaves out the time in which the step compiled.
-            done += 1
-            bar.update()
+    hide = None if first else True
+    for i in tqdm(range(done, steps), name, steps, initial=done, disable=hide):
+        batch = data.batch(images, labels, options.batch_size, options.seed, i)
+        state, updates = step(state, *[place(shards, x, x.shape) for x in batch])
+        epoch, remainder = divmod(i + 1, per_epoch)
+        if remainder:
+            continue
 
-        row = measure(state, updates, schedule(done - 1))
+        row = measure(state, updates, schedule(i))
         row = {key: np.asarray(value).item() for key, value in row.items()}
-        rows.append(dict(optimizer=name, epoch=epoch, step=done) | row)
+        rows.append(dict(optimizer=name, epoch=epoch, step=i + 1) | row)
         if first:
             report.write_metrics(options.out, rows)
             result = "loss {loss:.3g}, accuracy {accuracy:.1%}".format(**row)
@@ -116,13 +114,11 @@ def train(options, name, optimizer, peak, stop):
         # All processes stop after the same epoch.
         if np.any(process_allgather(np.array(stop.is_set()))):
             break
-    bar.close()
     if name == "rmsprop":
-        histogram = diagnostics.histogram(state["opt"])
-        # Other processes may still be reading from the devices of this one.
-        jax.block_until_ready(histogram)
+        # Waits: other processes may still be reading from the devices of this one.
+        histogram = jax.block_until_ready(diagnostics.histogram(state["opt"]))
         if first:
             report.draw_diagnostics(options.out, rows, histogram, options.eps)
     if first:
         report.draw_curves(options.out, rows)
-    return done >= steps
+    return epoch >= options.epochs

@@ -226,16 +226,3 @@ def to_params(arrays):
 
 def from_params(params):
     return [params["kernel"].T, params["bias"]]
-
-
-def refused(capsys, *arguments):
-    """Return the one line with which the training program refuses the arguments."""
-    from rmsprop_jax.demo import cli
-
-    with pytest.raises(SystemExit) as caught:
-        cli.main([str(x) for x in arguments])
-    message = caught.value.code
-    if message == 2:  # From argparse, which prints it.
-        message = capsys.readouterr().err
-    assert len(message.strip().splitlines()) == 1
-    return message

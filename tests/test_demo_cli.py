@@ -10,13 +10,27 @@ from importlib.metadata import version
 
 import jax
 import pytest
-from helpers import refused
 
 from rmsprop_jax.demo import cli
 
 
-def test_all_optimizers_are_trained_until_one_is_stopped(tmp_path):
-    options = cli.parse(["--optimizer", "all", "--out", str(tmp_path / "run")])
+@pytest.fixture
+def options(tmp_path):
+    return cli.parse(["--optimizer", "all", "--out", str(tmp_path / "run")])
+
+
+def refused(capsys, *arguments):
+    """Return the one line with which the program refuses the arguments."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(x) for x in arguments])
+    message = caught.value.code
+    if message == 2:  # From argparse, which prints it.
+        message = capsys.readouterr().err
+    assert len(message.strip().splitlines()) == 1
+    return message
+
+
+def test_all_optimizers_are_trained_until_one_is_stopped(options):
     trained = []
 
     def train(options, name, optimizer, peak, stop):
@@ -25,9 +39,12 @@ def test_all_optimizers_are_trained_until_one_is_stopped(tmp_path):
 
     assert cli.run(options, train) == 130
     assert trained == [*cli.OPTIMIZERS.items()][:4]
+    # Of two runs that start at once, the second one saw no folder either.
+    with pytest.raises(FileExistsError):
+        cli.save(options)
 
 
-def test_ctrl_c_is_answered_while_jax_compiles(tmp_path, monkeypatch):
+def test_ctrl_c_is_answered_while_jax_compiles(options, monkeypatch):
     times = []
 
     def compile(*_):
@@ -41,7 +58,7 @@ def test_ctrl_c_is_answered_while_jax_compiles(tmp_path, monkeypatch):
         times.append(time.monotonic())
 
     monkeypatch.setattr(cli, "print", record, raising=False)
-    assert cli.run(cli.parse(["--out", str(tmp_path / "run")]), compile) == 130
+    assert cli.run(options, compile) == 130
     _, answered, compiled, _ = times
     assert compiled - answered > 0.1
     # The second one exits at once, with status 130 in a shell.
@@ -50,7 +67,7 @@ def test_ctrl_c_is_answered_while_jax_compiles(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("processes", "resume"), [(1, []), (2, ["--resume"])])
 def test_failures_in_training_get_one_line(
-    tmp_path, monkeypatch, capsys, processes, resume
+    options, monkeypatch, capsys, processes, resume
 ):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("UNKNOWN: Connection\nreset")
@@ -58,12 +75,11 @@ def test_failures_in_training_get_one_line(
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "orig_argv", ["python", "--out", "my run", *resume])
-    options = cli.parse(["--out", str(tmp_path / "run")])
     options.resume = bool(resume)
     with pytest.raises(SystemExit) as caught:
         cli.run(options, fail)
     message = capsys.readouterr().err if processes == 2 else caught.value.code
-    assert f"{tmp_path}/run: UNKNOWN: Connection reset. Resume with: " in message
+    assert f"{options.out}: UNKNOWN: Connection reset. Resume with: " in message
     assert message.strip().endswith("with: python --out 'my run' --resume")
     assert ("did another process end?" in message) == (processes == 2)
 
@@ -82,36 +98,25 @@ def test_failures_in_training_get_one_line(
         ("--optimizer adam --centered", "centered are for rmsprop, not adam"),
         ("--epochs 1.5", "invalid int value: '1.5'"),
         ("--processes 2", "JAX does not start"),
+        ("--out run", "run exists. Use --resume or another --out"),
+        # Before processes wait for each other.
+        ("--out run --coordinator localhost:1 --processes 2", "run exists. Use"),
         ("--resume", "no run to resume: runs/digits/config.json"),
+        ("--resume --out cut", "no run to resume: cut/config.json"),
+        ("--resume --out array", "no run to resume: array/config.json"),
+        ("--resume --out empty", "Use another --out"),
+        ("--resume --out run --decay 0.5", "decay is 0.8 in run/config.json"),
+        ("--resume --out run --decay 0.9", "; only --epochs can change"),
     ],
 )
 def test_bad_flags_get_one_line(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
+    configs = dict(run='{"decay": 0.8}', cut='{"a', array="[]", empty="")
+    for name, text in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     assert words in refused(capsys, *arguments.split())
-    assert not list(tmp_path.iterdir())
-
-
-def test_folders_that_cannot_be_used_get_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    # Also in each of several processes, before they wait for each other.
-    several = "--coordinator localhost:1 --processes 2 --process-id 1".split()
-    for arguments in ([], several):
-        message = refused(capsys, "--out", "run", *arguments)
-        assert "run exists. Use --resume or another --out" in message
-    config = tmp_path / "run" / "config.json"
-    for text in ('{"a', "[]", ""):
-        config.write_text(text)
-        message = refused(capsys, "--resume", "--out", "run")
-        assert "no run to resume: run/config.json" in message and "another" in message
-    config.write_text('{"decay": 0.8}')
-    message = refused(capsys, "--resume", "--out", "run", "--decay", 0.5)
-    assert "decay is 0.8 in run/config.json; only --epochs can change" in message
-    # Of two runs that start at once, neither of which saw the folder.
-    options = cli.parse(["--out", "new"])
-    cli.save(options)
-    with pytest.raises(FileExistsError):
-        cli.save(options)
+    assert {x.name for x in tmp_path.iterdir()} == configs.keys()
 
 
 def test_a_missing_extra_or_device_gets_one_line(tmp_path, capsys, monkeypatch):

@@ -94,11 +94,13 @@ def train(options, name, optimizer, peak, stop):
     rows = [x for x in rows if x["optimizer"] != name or int(x["epoch"]) <= start]
 
     first, epoch, done = jax.process_index() == 0, start, start * per_epoch
-    # None disables the bar if there is no terminal.
-    hide = None if first else True
-    for i in tqdm(range(done, steps), name, steps, initial=done, disable=hide):
+    hide = None if first else True  # None hides the bar if there is no terminal.
+    bar = tqdm(range(done, steps), desc=name, total=steps, initial=done, disable=hide)
+    for i in bar:
         batch = data.batch(images, labels, options.batch_size, options.seed, i)
         state, updates = step(state, *[place(shards, x, x.shape) for x in batch])
+        if i == done:
+            bar.unpause()  # Leaves out the time in which the step compiled.
         epoch, remainder = divmod(i + 1, per_epoch)
         if remainder:
             continue

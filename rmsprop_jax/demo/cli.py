@@ -155,7 +155,9 @@ def run(options, train):
         print(f"Training on {devices}, writing into {options.out}/", flush=True)
     try:
         if first:
-            save(options)
+            # Of two runs that start at once, the second one fails here.
+            options.out.mkdir(parents=True, exist_ok=options.resume)
+            write(options.out / "config.json", config(options))
         results = (train(options, name, *OPTIMIZERS[name], stop) for name in names)
         # In another thread, so that this one answers Ctrl-C even while JAX compiles.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -172,13 +174,6 @@ def run(options, train):
     if first:
         print(f"Wrote checkpoints, metrics and figures into {options.out}/")
     return 0
-
-
-def save(options):
-    """Create the folder of a new run, and save its options in it."""
-    # Of two runs that start at once, the second one fails here.
-    options.out.mkdir(parents=True, exist_ok=options.resume)
-    write(options.out / "config.json", config(options))
 
 
 def config(options):

@@ -177,10 +177,9 @@ def test_two_processes_are_like_one(undisturbed, start, tmp_path):
         address = "{}:{}".format(*free.getsockname())
     folder = tmp_path / "a"
     together = "--coordinator", address, "--processes", 2, "--out", folder
-    # Process 1 takes the other options of process 0, too.
+    # Process 1 takes the options of process 0, too.
     processes = [
-        start(*options, *together, "--process-id", i)
-        for i, options in enumerate([FLAGS, []])
+        start(*FLAGS, *together, "--seed", 3 + i, "--process-id", i) for i in range(2)
     ]
     # Both stop after the same epoch, and neither hangs.
     send_after(epoch(folder, 1), signal.SIGINT, processes[1].pid)

@@ -46,7 +46,9 @@ def loss(weights, _=None):
 
 def diffrax(rmsprop):
     """SDE as a GAN, whose discriminator ascends: `rmsprop(-1e-2)`."""
-    generator, discriminator = rmsprop(1e-3), rmsprop(-1e-2)
+    both = dict(generator=rmsprop(1e-3), discriminator=rmsprop(-1e-2))
+    optimizer = optax.partition(both, ("generator", "discriminator"))
+    move = measuring.step_of(optimizer)
 
     def generate(matrices, key):
         noise = dfx.VirtualBrownianTree(0, 1, 0.1, (2,), key)
@@ -55,24 +57,19 @@ def diffrax(rmsprop):
         terms = dfx.MultiTerm(drift, diffusion)
         return dfx.diffeqsolve(terms, dfx.Euler(), 0, 1, 0.25, jnp.ones(2)).ys[0]
 
-    def score(matrices, weights, key):
+    def score(params, key):
+        matrices, weights = params
         fake = jax.vmap(generate, (None, 0))(matrices, jax.random.split(key, len(X)))
         real, fake = (jnp.mean(jnp.tanh(x @ weights)) for x in (X[:, 2:], fake))
         return real - fake
 
-    def step(carry, key):
-        matrices, weights, state, ascent = carry
-        value, grads = jax.value_and_grad(score, (0, 1))(matrices, weights, key)
-        updates, state = generator.update(grads[0], state)
-        matrices = optax.apply_updates(matrices, updates)
-        updates, ascent = discriminator.update(grads[1], ascent)
-        weights = optax.apply_updates(weights, updates)
-        return (matrices, weights, state, ascent), value
+    def step(held, key):
+        value, grads = jax.value_and_grad(score)(held[0], key)
+        return move(held, grads), value
 
     start = jnp.stack([jnp.eye(2), jnp.eye(2)]), jnp.linspace(-1.0, 1, 6).reshape(2, 3)
-    states = generator.init(start[0]), discriminator.init(start[1])
-    found, values = jax.lax.scan(step, (*start, *states), KEYS)
-    return values[-1], found[:2]
+    (found, _), values = jax.lax.scan(step, (start, optimizer.init(start)), KEYS)
+    return values[-1], found
 
 
 def equinox(rmsprop):

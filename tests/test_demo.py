@@ -1,7 +1,6 @@
 """The training program: killed, interrupted, resumed, misused."""
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -151,24 +150,26 @@ def test_runs_killed_or_stopped_at_any_moment_end_with_the_same_bits(
     damaged = epoch(folder, len(rows(folder)))
     files = [x for x in damaged.rglob("*") if x.is_file()]
     max(files, key=lambda x: x.stat().st_size).write_bytes(b"cut")
-    _, err = finish(start(*resume), 1)
-    assert f"cannot restore {damaged}; delete it" in err and err.count("\n") == 1
+    process = start(*resume)
+    _, err = process.communicate(timeout=300)
+    # Orbax may print errors of other arrays, which it is still reading.
+    assert process.returncode == 1
+    assert f"error: {folder}: cannot restore {damaged}; delete it" in err
     shutil.rmtree(damaged)
-    finish(start(*resume))
-    ours, theirs = (x / "metrics.csv" for x in (folder, undisturbed))
-    assert ours.read_bytes() == theirs.read_bytes()
-
-    # Another optimizer's, and one more epoch.
+    # A row of another optimizer's run.
     with open(folder / "metrics.csv", "a") as file:
         file.write("sgd,9\n")
     # Files are replaced, not overwritten: a kill then leaves the old ones.
     names = "config.json", "metrics.csv"
     for name in names:
         (tmp_path / name).hardlink_to(folder / name)
-    finish(start(*resume, "--epochs", 6))
-    assert [x["epoch"] for x in rows(folder)] == [*"123459", "6"]
-    assert json.loads((folder / "config.json").read_text())["epochs"] == 6
+    finish(start(*resume))
     assert not any((tmp_path / x).samefile(folder / x) for x in names)
+    lines, expected = (
+        (x / "metrics.csv").read_text().splitlines() for x in (folder, undisturbed)
+    )
+    (other,) = (i for i, line in enumerate(lines) if line.startswith("sgd,9"))
+    assert lines[:other] + lines[other + 1 :] == expected
 
 
 def test_two_processes_are_like_one(undisturbed, start, tmp_path):

@@ -44,6 +44,13 @@ def test_all_optimizers_are_trained_until_one_is_stopped(options):
         cli.run(options, train)
 
 
+def test_a_resumed_run_may_have_more_epochs(options):
+    resume = "--resume", "--out", str(options.out)
+    cli.run(options, lambda *_: True)
+    assert cli.run(cli.parse([*resume, "--epochs", "30"]), lambda *_: True) == 0
+    assert vars(cli.parse(resume)) == vars(options) | dict(epochs=30, resume=True)
+
+
 def test_ctrl_c_is_answered_while_jax_compiles(options, monkeypatch):
     times = []
 

@@ -16,6 +16,7 @@ from helpers import (
     mesh_of,
     nbytes,
     refusal,
+    set_mesh,
 )
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,8 +25,6 @@ from rmsprop_jax import rmsprop, sharding
 
 SHAPES = dict(kernel=(64, 128), bias=(128,), odd=(3, 5), long=(8, 1), scalar=())
 BOTH = dict(centered=True, momentum=0.9)
-# Its name until JAX 0.8.
-set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
 
 
 def replicated(seed, mesh):

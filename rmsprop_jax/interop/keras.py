@@ -66,14 +66,13 @@ def from_keras(
                 f"config[{name!r}] must be off, got {config[name]}. Chain what Optax "
                 "has for it, and pass config, and variables, without it."
             )
-    head = ["iteration", "learning_rate"]
-    if not isinstance(config["learning_rate"], int | float | np.number):
-        head = ["iteration"]
-        if learning_rate is None:
-            raise ValueError(
-                "config['learning_rate'] is a Keras schedule. Pass learning_rate, a "
-                "number or the equivalent Optax schedule."
-            )
+    scheduled = not isinstance(config["learning_rate"], int | float | np.number)
+    if scheduled and learning_rate is None:
+        raise ValueError(
+            "config['learning_rate'] is a Keras schedule. Pass learning_rate, a "
+            "number or the equivalent Optax schedule."
+        )
+    head = ["iteration"] if scheduled else ["iteration", "learning_rate"]
     names = arrange.buffer_names(NAMES, config)
     size, rest = divmod(len(variables) - len(head), len(names))
     if size < 1 or rest:

@@ -43,9 +43,9 @@ def from_tf1(
     """
     fix = "Remove others; rms is the slot that holds nu."
     arrange.check_entries(slots, "slots", ["rms"], fix, optional=["mg", "momentum"])
-    is_list = {k: isinstance(x, list | tuple) for k, x in slots.items()}
-    sizes = {k: len(x) if is_list[k] else type(x).__name__ for k, x in slots.items()}
-    if not is_list["rms"] or len({*sizes.values()}) > 1:
+    size = lambda x: len(x) if isinstance(x, list | tuple) else type(x).__name__
+    sizes = {name: size(x) for name, x in slots.items()}
+    if isinstance(sizes["rms"], str) or len({*sizes.values()}) > 1:
         raise ValueError(
             f"slots must have lists with an array for each variable, got {sizes}."
         )

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_same, refusal, to_params
-from test_interop import KERAS, STATE, TORCH, load, save, saved
+from test_interop import BOTH, KERAS, STATE, TORCH, draw_params, load, save, saved
 
-from rmsprop_jax import interop, presets, rmsprop
+from rmsprop_jax import interop, presets
 
 GONE = object()
 
@@ -99,6 +99,28 @@ OF_TF1 = [
         for value in ("seven", -1.0, 0.5, 2.0**31, [1, 2])
     ),
 ]
+PARAMS, ADAM = draw_params(4), optax.adam(0.1).init(ONES)
+HALF = PARAMS | dict(bias=jnp.ones(4, "float16"))
+
+
+def like(params=PARAMS, **options):
+    return optax.rmsprop(0.1, **BOTH | options).init(params)
+
+
+def chained(**buffers):
+    return optax.tree_utils.tree_set((optax.EmptyState(), like()), **buffers)
+
+
+OPT_STATE, WIDE = ["opt_state"], np.ones(2, complex)
+CORRECTED = like(bias_correction=True)
+OF_OPTAX = [
+    (OPT_STATE, ADAM, "opt_state must contain...Adam...Restore a"),
+    (OPT_STATE, [{"nu": ONES}], "opt_state must contain a state of optax.rmsprop"),
+    (OPT_STATE, CORRECTED, "opt_state is centered with bias_correction...Start"),
+    (OPT_STATE, chained(nu=HALF), "opt_state[1][0].nu['bias'] must...float16. Average"),
+    (OPT_STATE, chained(mu=WIDE), "be float32 or complex64, got complex128. Enable"),
+    (["count"], 0.5, "count must be an integer in [0, 2^31), got 0.5"),
+]
 
 
 @pytest.mark.parametrize(
@@ -107,9 +129,10 @@ OF_TF1 = [
         *(("torch", ["state_dict", *path], *rest) for path, *rest in OF_TORCH),
         *(("keras", *row) for row in OF_KERAS),
         *(("tf1", *row) for row in OF_TF1),
+        *(("optax", *row) for row in OF_OPTAX),
     ],
 )
-def test_a_broken_dict_is_refused(kind, path, value, words):
+def test_what_does_not_fit_is_not_read(kind, path, value, words):
     given = saved(kind)
     put(given, path, value)
     assert_refused(kind, given, words)
@@ -158,90 +181,48 @@ def test_dtypes_must_not_change(x64):
         interop.from_tf1(slots, list)
 
 
-def test_a_state_that_does_not_fit_is_refused():
-    with refusal("state must be an RMSPropState, got tuple. In the state of a chain"):
-        save("tf1", (STATE,))
-    mu = STATE.mu | dict(bias=jnp.float32([1, np.inf]))
-    with refusal("state.mu['bias'] must be finite, got 1 of 2"):
-        save("tf1", STATE._replace(mu=mu))
-
-
 PRESET = "preset must be...presets.timm if they have lr_in_momentum...got "
+TO_TORCH = [
+    (dict(lr=lambda _: 0.1), "lr must be a number, got <function"),
+    (dict(lr=None), "lr must be a number, got None. Call a schedule"),
+    (dict(centered=False), "state.mu is present, but centered is off"),
+    (dict(momentum=0), "state.trace is present, but...Use those"),
+    (dict(params=[], lr_in_momentum=True), f"{PRESET}torch"),
+    (dict(params=[], nesterov=True), "has nesterov enabled, unlike"),
+]
+TREE, FLAT = "state must have the tree structure", PARAMS | dict(bias=jnp.ones((2, 2)))
+WIDER = STATE._replace(trace=STATE.trace | dict(bias=COMPLEX))
+TO_OPTAX = [
+    (STATE, like(momentum=None), "state.trace is present, but momentum is off"),
+    (STATE._replace(mu=None), like(), "state.mu is missing, but centered is on"),
+    (STATE, ADAM, "like must contain a state of optax.rms"),
+    (STATE, (like(),), f"{TREE}...[0]...(3, 2)"),
+    (STATE, like(dict(b=ONES)), f"{TREE}...missing: [0].mu['b']"),
+    (STATE, like(FLAT), "state[0].mu['bias'] must be float32[2, 2] as in"),
+    (STATE, like(HALF), "like[0].mu['bias'] must be...got float16"),
+    (STATE._replace(trace=HALF), like(), "state[2].trace['bias'] must...got float16"),
+    (WIDER, like(), "float32[4] as in like, got complex64[4]"),
+]
+CALLABLE = dict(learning_rate=lambda _: 0.1)
+NUMBER = "learning_rate must be a number or None, got <function...Call a"
+INFINITE = STATE._replace(mu=STATE.mu | dict(bias=jnp.float32([1, np.inf])))
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("kind", "state", "options", "words"),
     [
-        (dict(lr=lambda _: 0.1), "lr must be a number, got <function"),
-        (dict(lr=None), "lr must be a number, got None. Call a schedule"),
-        (dict(centered=False), "state.mu is present, but centered is off"),
-        (dict(momentum=0), "state.trace is present, but...Use those"),
-        (dict(params=[], lr_in_momentum=True), f"{PRESET}torch"),
-        (dict(params=[], nesterov=True), "has nesterov enabled, unlike"),
+        *(("torch", STATE, *row) for row in TO_TORCH),
+        *(("optax", x, dict(like=like), words) for x, like, words in TO_OPTAX),
+        ("keras", STATE, CALLABLE, NUMBER),
+        ("tf1", (STATE,), {}, "state must be an RMSPropState, got tuple. In the state"),
+        ("tf1", INFINITE, {}, "state.mu['bias'] must be finite, got 1 of 2"),
     ],
 )
-def test_hyperparameters_that_do_not_fit_are_refused(options, words):
+def test_what_does_not_fit_is_not_written(kind, state, options, words):
     with refusal(*words.split("...")):
-        save("torch", STATE, **options)
+        save(kind, state, **options)
 
 
 def test_hyperparameters_of_other_presets_are_refused():
     with pytest.raises(TypeError, match="lr_in_momentum"):
         save("torch", STATE, lr_in_momentum=True)
-
-
-def test_keras_takes_the_current_rate():
-    with refusal("learning_rate must be a number or None, got <function", "Call a"):
-        interop.to_keras(STATE, list, learning_rate=lambda _: 0.1)
-
-
-PARAMS = dict(w=jnp.ones((2, 3)))
-PLAIN, MOMENTUM = optax.rmsprop(0.1), optax.rmsprop(0.1, momentum=0.9)
-CENTERED = optax.rmsprop(0.1, centered=True)
-CORRECTED = optax.rmsprop(0.1, centered=True, bias_correction=True)
-CORE, *REST = PLAIN.init(PARAMS)
-HALF = jnp.ones((2, 3), "float16")
-
-
-def with_nu(x):
-    return optax.EmptyState(), (CORE._replace(nu=dict(w=x)), *REST)
-
-
-@pytest.mark.parametrize(
-    ("opt_state", "words"),
-    [
-        (optax.adam(0.1).init(PARAMS), "opt_state must contain...Adam...Restore a"),
-        ([{"nu": jnp.ones(2)}], "opt_state must contain a state of optax.rmsprop"),
-        (CORRECTED.init(PARAMS), "opt_state is centered with bias_correction...Start"),
-        (with_nu(HALF), "opt_state[1][0].nu['w'] must...float16. Averages"),
-        (with_nu(np.ones(2, complex)), "be float32 or complex64, got complex128. En"),
-    ],
-)
-def test_an_optax_state_that_does_not_fit_is_refused(opt_state, words):
-    with refusal(*words.split("...")):
-        interop.from_optax(opt_state)
-
-
-LIKE = MOMENTUM.init(PARAMS)
-STRUCTURE = "state must have the tree structure"
-
-
-@pytest.mark.parametrize(
-    ("like", "change", "words"),
-    [
-        (PLAIN.init(PARAMS), {}, "state.trace is present, but momentum is off"),
-        (CENTERED.init(PARAMS), {}, "state.mu is missing, but centered is on"),
-        (optax.adam(0.1).init(PARAMS), {}, "like must contain a state of optax.rms"),
-        (optax.chain(MOMENTUM).init(PARAMS), {}, f"{STRUCTURE}...[0]...(2, 3)"),
-        (MOMENTUM.init(dict(b=PARAMS["w"])), {}, f"{STRUCTURE}...missing: [0].nu['b']"),
-        (MOMENTUM.init(dict(w=jnp.ones(6))), {}, "state[0].nu['w'] must be float32[6]"),
-        (MOMENTUM.init(dict(w=HALF)), {}, "like[0].nu['w'] must be...got float16"),
-        (LIKE, dict(trace=np.float16(1)), "state[2].trace['w'] must...got float16"),
-        (LIKE, dict(trace=1j), "float32[2, 3] as in like, got complex64[2, 3]"),
-    ],
-)
-def test_a_state_that_does_not_fit_like_is_refused(like, change, words):
-    change = {k: dict(w=jnp.full((2, 3), x)) for k, x in change.items()}
-    state = rmsprop(0.1, momentum=0.9).init(PARAMS)._replace(**change)
-    with refusal(*words.split("...")):
-        interop.to_optax(state, like)

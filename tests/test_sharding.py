@@ -109,7 +109,7 @@ def test_zero_extends_what_is_sharded_already():
         host=(array("model", kind=host), after),
         there=(array("data", kind=host), P("data", None)),
         columns=(array(None, "model", shape=(8, 16)), P("data", "model")),
-        elsewhere=(array("data", mesh=mesh_of(8)), P("data", None)),
+        elsewhere=(array("model", mesh=mesh_of(4, 2)), P("data", None)),
         empty=(jax.ShapeDtypeStruct((0, 2), jnp.float32), P(None, None)),
         odd=(array("model", shape=(4, 3)), P("model", None)),
     )

@@ -27,6 +27,7 @@ step; the s of its codes is 4^(n - 20).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,15 @@ LINES = ((0, 223), (1, 155), (2, 97), (3, 60))
 SMALLEST, LARGEST = -20, 63
 
 
-def encode(x, scale=None, offset=2**31):
-    """Encode rows.
+def encode(x, scale: Any = None, offset: Any = None):
+    """Encode rows as codes and scales, to nearest or dithered.
 
     Args:
       x: new values; float32.
       scale: scales that the last step returned; bfloat16, like x with a last axis of 1.
-        None means the scale of each row's own maximum.
-      offset: rounding offset of the step, as a fraction of 2^32; uint32 []. By default,
-        codes are to nearest.
+        None means the scale of each row's own maximum, and rounding to nearest.
+      offset: with `scale`, the rounding offset of the step, as a fraction of 2^32;
+        uint32 [].
 
     Returns:
       Codes, uint8 like x; scales of this step and the next, like `scale`.
@@ -56,7 +57,7 @@ def encode(x, scale=None, offset=2**31):
     # Bounded, because an infinite scale would lose the rest of the row.
     x = jnp.where(known, jnp.minimum(x, 4.0**LARGEST), 0)
     if scale is None:
-        exponent = _exponent(jnp.max(x, axis=-1, keepdims=True))
+        exponent, offset = _exponent(jnp.max(x, axis=-1, keepdims=True)), 2**31
     else:
         exponent, _ = _unpack(scale)
     # Packed, the maximum is one reduction, which all backends fuse with the rest.

@@ -155,7 +155,7 @@ def mesh_of(*sizes, kind=AxisType.Auto, first=0):
     return Mesh(devices, names, axis_types=(kind,) * len(sizes))
 
 
-# Its name until JAX 0.8.
+# jax.set_mesh was called use_mesh until JAX 0.8.
 set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
 SPECS = dict(matrix=P("data", "model"), vector=P("model"), scalar=P())
 

@@ -13,6 +13,7 @@ from helpers import (
     TABLE,
     assert_close,
     assert_same,
+    halving,
     mesh_of,
     normal,
     on_mesh,
@@ -93,7 +94,7 @@ def assert_all_close(found, expected):
 
 
 def assert_like(params, states):
-    """Check that state has its frozen structure, and types and shardings of params."""
+    """Check that states have the frozen structure, types and shardings of params."""
     like = types(params)
     count = ((), "int32", False, like["scalar"][-1])
     for name, state in states.items():
@@ -104,7 +105,7 @@ def assert_like(params, states):
 
 
 @pytest.mark.parametrize(("way", "kind"), PLACES)
-def test_every_way_gives_the_same_and_later_steps_compile_nothing(way, kind):
+def test_every_way_gives_the_same_updates_and_later_steps_compile_nothing(way, kind):
     update, params, wanted = WAYS[way], make(0, kind), expected(1, 2, 3)
     grads = [make(seed, kind) for seed in (1, 2, 3)]
     names = FEW if kind and way == "direct" else tuple(TXS)
@@ -129,6 +130,13 @@ def test_every_way_gives_the_same_and_later_steps_compile_nothing(way, kind):
                 assert all(x.is_deleted() for x in jax.tree.leaves(old))
         assert_all_close(new, wanted)
     assert COMPILED[before:] == []
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.1), jnp.float32(0.1), halving])
+def test_the_learning_rate_does_not_change_the_structure_of_state(rate):
+    for options in ({}, dict(centered=True, momentum=0.9)):
+        state = rmsprop(rate, **options).init(normal(0))
+        assert types(state) == types(rmsprop(0.1, **options).init(normal(0)))
 
 
 def test_init_from_shapes_uses_the_mesh_that_is_set():

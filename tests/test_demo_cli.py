@@ -107,7 +107,10 @@ def test_failures_in_training_get_one_line(
         ("--processes 2", "JAX does not start"),
         ("--out run", "run exists. Use --resume or another --out"),
         # Before processes wait for each other.
-        ("--out run --coordinator localhost:1 --processes 2", "run exists. Use"),
+        (
+            "--out run --coordinator localhost:1 --processes 2 --process-id 1",
+            "run exists. Use",
+        ),
         ("--resume", "no run to resume: runs/digits/config.json"),
         ("--resume --out cut", "no run to resume: cut/config.json"),
         ("--resume --out array", "no run to resume: array/config.json"),

@@ -79,7 +79,7 @@ def test_derivative_at_zero_is_the_reciprocal_of_eps(wrap):
 
 
 def test_derivatives_are_those_of_finite_differences(x64, lenient):
-    """By the gradients, the parameters, the learning rate, decay and eps."""
+    """With respect to gradients, parameters, learning rate, decay and eps."""
     rng = np.random.default_rng(0)
     gs = [rng.uniform(1, 2, (4, 2)) for _ in FORMS]
     # Central differences of step 1e-6 are off by 1e-12 of a third derivative.

@@ -127,7 +127,7 @@ def test_no_memory_is_shared(kind):
     _, state = load(kind, given, arrange)
     assert_same(given, saved(kind))
     for x in jax.tree.leaves((given, arranged, save(kind, state))):
-        if np.ndim(x) and isinstance(x, np.ndarray):
+        if np.ndim(x) and not (kind == "optax" and isinstance(x, jax.Array)):
             x[...] = 9
     assert_same(state, expected)
 

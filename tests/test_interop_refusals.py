@@ -132,7 +132,7 @@ OF_OPTAX = [
         *(("optax", *row) for row in OF_OPTAX),
     ],
 )
-def test_what_does_not_fit_is_not_read(kind, path, value, words):
+def test_what_does_not_fit_is_refused_on_load(kind, path, value, words):
     given = saved(kind)
     put(given, path, value)
     assert_refused(kind, given, words)
@@ -218,7 +218,7 @@ INFINITE = STATE._replace(mu=STATE.mu | dict(bias=jnp.float32([1, np.inf])))
         ("tf1", INFINITE, {}, "state.mu['bias'] must be finite, got 1 of 2"),
     ],
 )
-def test_what_does_not_fit_is_not_written(kind, state, options, words):
+def test_what_does_not_fit_is_refused_on_save(kind, state, options, words):
     with refusal(*words.split("...")):
         save(kind, state, **options)
 

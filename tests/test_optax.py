@@ -19,15 +19,15 @@ from oracle import assert_near, drop, random
 
 import rmsprop_jax
 
-CORES = [
+FORMS = [
     dict(eps_in_sqrt=eps_in_sqrt, **rest)
     for eps_in_sqrt in (True, False)
     for rest in ({}, dict(initial_scale=1.0, decay=0.8, eps=1e-5))
 ]
 CORRECTED = [dict(eps_in_sqrt=x, bias_correction=True) for x in (True, False)]
-CENTERED = [core | dict(centered=True) for core in CORES]
+CENTERED = [core | dict(centered=True) for core in FORMS]
 MOMENTA = [{}, dict(momentum=0.9), dict(momentum=0.9, nesterov=True)]
-OPTIONS = [a | b for a in CORES + CORRECTED + CENTERED for b in MOMENTA]
+OPTIONS = [a | b for a in FORMS + CORRECTED + CENTERED for b in MOMENTA]
 RMSPROP = [partial(x.rmsprop, drop) for x in (rmsprop_jax, optax)]
 SCALE_BY_RMS = [rmsprop_jax.scale_by_rms, optax.scale_by_rms]
 STDDEV = [partial(rmsprop_jax.scale_by_rms, centered=True), optax.scale_by_stddev]
@@ -39,8 +39,8 @@ STDDEV = [partial(rmsprop_jax.scale_by_rms, centered=True), optax.scale_by_stdde
     [
         (RMSPROP, OPTIONS[::2], ["float32"]),
         (RMSPROP, OPTIONS[1::2], ["complex128"]),
-        (SCALE_BY_RMS, CORES + CORRECTED, ["float32", "complex128"]),
-        (STDDEV, CORES, ["float32"]),
+        (SCALE_BY_RMS, FORMS + CORRECTED, ["float32", "complex128"]),
+        (STDDEV, FORMS, ["float32"]),
     ],
 )
 def test_updates_are_those_of_optax(factories, cases, dtypes, lenient, x64):

@@ -4,19 +4,24 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import scale
+from flax import nnx
 from helpers import (
+    COMPILED,
     SMALL,
     assert_close,
     assert_placed,
+    assert_same,
     assert_within_an_ulp,
     draw,
     mesh_of,
     nbytes,
     refusal,
     set_mesh,
+    through_orbax,
 )
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -124,6 +129,29 @@ def test_zero_extends_what_is_sharded_already():
         assert sharding.zero(codes, mesh, "data")[0].spec == spec
 
 
+def test_a_divided_state_restores_on_fewer_devices(tmp_path):
+    tx, mesh = rmsprop(0.01, momentum=0.9, **SMALL), mesh_of(8)
+    params = replicated(0, mesh)
+    shapes = jax.eval_shape(tx.init, params)
+    divided = jax.jit(tx.init, out_shardings=sharding.zero(shapes, mesh, "data")[0])
+    _, saved = tx.update(draw(1, SHAPES), divided(params), params)
+    for devices in (4, 1):
+        where, _ = sharding.zero(shapes, mesh_of(devices, first=8 - devices), "data")
+        target = jax.tree.map(scale.shaped, shapes, where)
+        back = through_orbax(saved, target, tmp_path / str(devices))
+        assert_same(back, saved)
+        assert_placed(back, where)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_state_on_another_mesh_is_refused(kind):
+    tx = rmsprop(0.1)
+    here, there = (replicated(0, mesh_of(n, kind=kind)) for n in (8, 4))
+    words = "incompatible devices.*updates.*state|Mesh for all inputs should be equal"
+    with pytest.raises(ValueError, match=words):
+        tx.update(here, tx.init(there))
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_only_codes_whose_rows_are_split_need_a_collective(kind):
     x, mesh = draw(0, SHAPES)["kernel"], mesh_of(4, 2, kind=kind)
@@ -136,6 +164,33 @@ def test_only_codes_whose_rows_are_split_need_a_collective(kind):
         tx = rmsprop(0.1, **options)
         program = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
         assert scale.COLLECTIVE.findall(program.as_text()) == expected
+
+
+def test_a_sharded_nnx_model_needs_no_line_for_the_optimizer(lenient):
+    mesh = mesh_of(4, 2)
+    model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+    specs = {(64, 128): P("data", "model"), (128,): P("model")}
+    for variable in (model.kernel, model.bias):
+        where = NamedSharding(mesh, specs[variable.shape])
+        variable[...] = jax.device_put(variable[...], where)
+    optimizer = nnx.Optimizer(model, rmsprop(0.01, **BOTH, **SMALL), wrt=nnx.Param)
+    # Flax begins its own count on one device, and so would compile twice.
+    optimizer.step[...] = jax.device_put(optimizer.step[...], NamedSharding(mesh, P()))
+    x = jax.device_put(np.ones((32, 64), np.float32), NamedSharding(mesh, P("data")))
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda m: (m(x) ** 2).mean())(model))
+
+    step(model, optimizer)
+    before = len(COMPILED)
+    step(model, optimizer)
+    assert COMPILED[before:] == []
+    found = jax.tree.leaves(nnx.state((model, optimizer)))
+    # Parameters, codes, mu and trace.
+    for shape, spec in specs.items():
+        alike = [x.sharding.spec for x in found if x.shape == shape]
+        assert alike == 4 * [spec]
 
 
 def test_a_model_on_paper_takes_what_its_arrays_would():

@@ -109,6 +109,7 @@ def test_a_negative_learning_rate_ascends():
     for rate in (-0.1, jnp.float32(-0.1), lambda count: -0.1):
         assert_close(step(rate), up)
         assert_close(jax.jit(partial(step, rate))(), up)
+    assert_close(jax.jit(step)(jnp.float32(-0.1)), up)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def run(options, train):
         if first:
             # Of two runs that start at once, the second one fails here.
             options.out.mkdir(parents=True, exist_ok=options.resume)
-            write(options.out / "config.json", config(options))
+            write_atomically(options.out / "config.json", config(options))
         results = (train(options, name, *OPTIMIZERS[name], stop) for name in names)
         # In another thread, so that this one answers Ctrl-C even while JAX compiles.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -182,7 +182,7 @@ def config(options):
     return json.dumps({k: v for k, v in vars(options).items() if k not in others})
 
 
-def write(path, text):
+def write_atomically(path, text):
     """Write a file atomically: a kill leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)

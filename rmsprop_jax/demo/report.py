@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rmsprop_jax import plots
-from rmsprop_jax.demo.cli import write
+from rmsprop_jax.demo.cli import write_atomically
 
 
 def read_metrics(out):
@@ -23,7 +23,7 @@ def write_metrics(out, rows):
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write(out / "metrics.csv", table.getvalue())
+    write_atomically(out / "metrics.csv", table.getvalue())
 
 
 def draw_curves(out, rows):

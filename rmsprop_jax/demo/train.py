@@ -22,7 +22,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def compile_steps(options, name, tx):
-    """Create the initial state, compiled functions, and the sharding of batches."""
+    """Return a state, the compiled `step` and `measure`, and shardings of batches."""
     training, held_out = data.load()
     mesh = Mesh(jax.devices(), ("data",))
     shards = NamedSharding(mesh, PartitionSpec("data"))
@@ -95,12 +95,13 @@ def train(options, name, optimizer, peak, stop):
 
     first, epoch, done = jax.process_index() == 0, start, start * per_epoch
     hide = None if first else True  # None hides the bar if there is no terminal.
-    bar = tqdm(range(done, steps), desc=name, total=steps, initial=done, disable=hide)
-    for i in bar:
+    bar = tqdm(total=steps, initial=done, desc=name, disable=hide)
+    for i in range(done, steps):
         batch = data.batch(images, labels, options.batch_size, options.seed, i)
         state, updates = step(state, *[place(shards, x, x.shape) for x in batch])
         if i == done:
             bar.unpause()  # Leaves out the time in which the step compiled.
+        bar.update()
         epoch, remainder = divmod(i + 1, per_epoch)
         if remainder:
             continue
@@ -116,8 +117,9 @@ def train(options, name, optimizer, peak, stop):
         # All processes stop after the same epoch.
         if np.any(process_allgather(np.array(stop.is_set()))):
             break
+    bar.close()
     if name == "rmsprop":
-        # Waits: other processes may still be reading from the devices of this one.
+        # Wait: other processes may still be reading from the devices of this one.
         histogram = jax.block_until_ready(diagnostics.histogram(state["opt"]))
         if first:
             report.draw_diagnostics(options.out, rows, histogram, options.eps)

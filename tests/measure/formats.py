@@ -76,28 +76,28 @@ def gradients(decay, scale, kind):
     return grads.astype(np.float32)
 
 
+def updates_of(name, decay, grads):
+    """Return the updates [steps, *SHAPE] with a format."""
+    _, dtype, through = FORMATS[name]
+    tx = scale_by_rms(decay, eps=0.0, nu_dtype=dtype)
+
+    def step(state, g):
+        update, state = tx.update(g, state)
+        return state._replace(nu=through(state.nu)), update
+
+    run = jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads)[1])
+    return np.asarray(run(grads))
+
+
 def errors(names, decay, scale, kind):
     """Return the relative RMS error of g / sqrt(v), over all steps, of some formats."""
-    formats = [FORMATS[name] for name in names]
-    txs = [scale_by_rms(decay, eps=0.0, nu_dtype=dtype) for _, dtype, _ in formats]
-
-    def step(states, row):
-        g, exact = row
-        new, squares = [], []
-        for tx, state, (_, _, through) in zip(txs, states, formats, strict=True):
-            u, state = tx.update(g, state)
-            new.append(state._replace(nu=through(state.nu)))
-            squares.append(jnp.mean((u / exact - 1) ** 2))
-        return new, squares
-
     grads = gradients(decay, scale, kind)
-    v, exact = np.zeros(SHAPE), np.empty_like(grads)
-    for t, g in enumerate(grads):
-        v = decay * v + (1 - decay) * g.astype(np.float64) ** 2
+    v, exact = np.zeros(SHAPE), np.empty(grads.shape)
+    for t, g in enumerate(grads.astype(np.float64)):
+        v = decay * v + (1 - decay) * g**2
         exact[t] = g / np.sqrt(v)
-    start = [tx.init(jnp.zeros(SHAPE)) for tx in txs]
-    squares = jax.jit(lambda *rows: jax.lax.scan(step, start, rows)[1])(grads, exact)
-    return np.sqrt(np.mean(squares, axis=1))
+    found = (updates_of(name, decay, grads) for name in names)
+    return np.array([np.sqrt(np.mean((u / exact - 1) ** 2)) for u in found])
 
 
 def table(decays=tuple(STEPS)):

@@ -1,4 +1,4 @@
-"""RMSProp in NumPy, for one array, in the widest float there is; random gradients.
+"""RMSProp in NumPy, in the widest float there is, with gradients and error bounds.
 
 It keeps the averages v and m of the textbook and subtracts them, as the library does
 not. That costs digits: gradients should have a spread like their size.
